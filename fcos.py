@@ -1,0 +1,306 @@
+"""FCOS: Fully Convolutional One-Stage Object Detection (arXiv 1904.01355; improved form: TPAMI, arXiv 2006.09214).
+
+Every feature cell predicts class scores, the distances to the four sides of its object, and how central it lies in
+it. `FCOS(original=True)` is the first form (R-50 1x: 36.6 AP in mmdetection), the default the improved one (38.7 AP):
+
+                    original                             improved
+    positives       cells inside the box                 cells within 1.5 strides of its centre (and inside)
+    box branch      exp, distances in pixels             ReLU, distances in strides
+    box loss        -ln IoU                              GIoU
+    centerness      predicted from the class tower       predicted from the box tower
+
+Letters: B images, C classes, G gt objects (padded), L levels, P points of all levels, H W feature height, width.
+Points of all levels are concatenated, finest level first, each in the row-major order of `feature.flatten(2)`.
+`# DIFFERS:` marks departures from the paper; the README lists them.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, normalise_images
+from ops import batched_nms, clip_boxes, giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
+
+STRIDES = (8, 16, 32, 64, 128)  # P3..P7
+LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))  # max(l, t, r, b) in px, Sec. 3.2
+CENTER_RADIUS = 1.5  # centre sampling of the improved form, in strides of the point's level
+TOWER_CONVS = 4
+GROUP_NORM_GROUPS = 32
+PRIOR_PROB = 0.01  # score of every class at the start (RetinaNet, Sec. 3.3)
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+SCORE_THRESHOLD = 0.05  # on the class score alone, before the product with centerness
+PRE_NMS_TOP_K = 1000  # (point, class) pairs per level
+NMS_THRESHOLD_ORIGINAL, NMS_THRESHOLD = 0.5, 0.6  # mmdetection's values of the two forms
+MAX_DETECTIONS = 100
+# mmdetection's improved recipe has detectron2's pixel mean, its original one Detectron's (both RGB here).
+CAFFE_PIXELS_IMPROVED = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))
+
+
+# ---------------------------------------------------------------------------------------------- head
+
+class FCOSHead(nn.Module):
+    """Two towers shared by all levels and three predictors (Sec. 3.2, Fig. 2).
+
+    forward: L features (B, channels, H, W) -> logits (B, P, C), ltrb (B, P, 4), centerness logits (B, P), float32.
+    ltrb is >= 0: pixels in the original form, strides of the point's level in the improved one.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 256, original: bool = False):
+        super().__init__()
+        self.original = original
+        # mmdetection's improved form keeps a bias in front of the group norm. It has no effect on the output.
+        self.cls_tower = _tower(channels, bias=not original)
+        self.box_tower = _tower(channels, bias=not original)
+        self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)  # s_i of Sec. 3.2
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, ltrb, centerness = [], [], []
+        for feature, scale in zip(features, self.scales):
+            cls_feature, box_feature = self.cls_tower(feature), self.box_tower(feature)
+            distance = self.ltrb(box_feature).float() * scale
+            logits.append(self.cls_logits(cls_feature))
+            ltrb.append(distance.exp() if self.original else distance.relu())
+            centerness.append(self.centerness(cls_feature if self.original else box_feature))
+        return _points_last(logits), _points_last(ltrb), _points_last(centerness).squeeze(-1)
+
+
+def _tower(channels: int, bias: bool) -> nn.Sequential:
+    layers = []
+    for _ in range(TOWER_CONVS):
+        layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=bias),
+                   nn.GroupNorm(GROUP_NORM_GROUPS, channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _points_last(levels: list[Tensor]) -> Tensor:
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1).float()
+
+
+# ---------------------------------------------------------------------------------------------- targets
+
+def level_points(height: int, width: int, stride: int, device=None) -> Tensor:
+    """Image position of every cell of one feature map (Sec. 3.1): (x * stride + stride // 2, ...).
+
+    Returns (H*W, 2) float32 (x, y), pixels of the padded image, row-major.
+    """
+    x = torch.arange(width, device=device) * stride + stride // 2
+    y = torch.arange(height, device=device) * stride + stride // 2
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).float()
+
+
+def image_points(shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, strides and size ranges of all levels.
+
+    shapes: (height, width) of the feature map of each level.
+    Returns points (P, 2) px, strides (P,) px and ranges (P, 2) px, float32.
+    """
+    points, strides, ranges = [], [], []
+    for (height, width), stride, level_range in zip(shapes, STRIDES, LEVEL_RANGES):
+        points.append(level_points(height, width, stride, device))
+        strides.append(torch.full((height * width,), float(stride), device=device))
+        ranges.append(torch.tensor(level_range, device=device).expand(height * width, 2))
+    return torch.cat(points), torch.cat(strides), torch.cat(ranges)
+
+
+@torch.no_grad()
+def fcos_targets(points: Tensor, strides: Tensor, ranges: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
+                 original: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The object every point is responsible for (Sec. 3.1, 3.2).
+
+    A point is a candidate of an object when it lies strictly inside the box (improved form: inside the part of the
+    box within CENTER_RADIUS strides of its centre) and the box has the size of the point's level. Of several
+    candidates the smallest box wins, of equal ones the first.
+
+    points (P, 2), strides (P,), ranges (P, 2): from `image_points`. gt_boxes: (G, 4) px, gt_labels: (G,) int64, < 0
+    for padding and crowds, which no point sees; G may be 0.
+    Returns labels (P,) int64, -1 = background; ltrb (P, 4) distances to the sides in px, 1 at background points;
+    object index (P,) int64, -1 = background.
+    """
+    if gt_boxes.shape[0] == 0:  # a shape, not a value: argmin needs a column to look at
+        gt_boxes, gt_labels = gt_boxes.new_zeros(1, 4), gt_labels.new_full((1,), -1)
+    x, y = points[:, 0, None], points[:, 1, None]
+    x1, y1, x2, y2 = gt_boxes.float().unbind(-1)
+    ltrb = torch.stack((x - x1, y - y1, x2 - x, y2 - y), dim=-1)  # (P, G, 4)
+    inside = ltrb.amin(-1) > 0
+    if not original:
+        reach = CENTER_RADIUS * strides[:, None]
+        from_center = torch.maximum((x - (x1 + x2) / 2).abs(), (y - (y1 + y2) / 2).abs())
+        inside &= from_center < reach
+    size = ltrb.amax(-1)
+    fits_level = (size >= ranges[:, :1]) & (size <= ranges[:, 1:])  # both ends count, as in mmdetection
+    area = torch.where(inside & fits_level & (gt_labels >= 0), (x2 - x1) * (y2 - y1), math.inf)
+    smallest, index = area.min(dim=1)
+
+    positive = smallest < math.inf
+    labels = torch.where(positive, gt_labels[index], -1)
+    ltrb = ltrb.gather(1, index[:, None, None].expand(-1, 1, 4)).squeeze(1)
+    return labels, torch.where(positive[:, None], ltrb, 1.0), torch.where(positive, index, -1)
+
+
+def centerness_targets(ltrb: Tensor) -> Tensor:
+    """How central a point is in its box: 1 in the middle, 0 on a side (Eq. 3).
+
+    ltrb: (..., 4) > 0 in any unit: only ratios are used. Returns (...,) in [0, 1].
+    """
+    left_right, top_bottom = ltrb[..., 0::2], ltrb[..., 1::2]
+    return torch.sqrt(left_right.amin(-1) / left_right.amax(-1) * (top_bottom.amin(-1) / top_bottom.amax(-1)))
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def fcos_losses(logits: Tensor, ltrb: Tensor, centerness: Tensor, labels: Tensor, target_ltrb: Tensor,
+                original: bool = False) -> dict[str, Tensor]:
+    """Classification, box and centerness loss (Eq. 2, Sec. 3.3); their sum is the loss.
+
+    logits (B, P, C), ltrb (B, P, 4), centerness (B, P): output of the head. labels (B, P), target_ltrb (B, P, 4):
+    from `fcos_targets`, target_ltrb in the unit of ltrb. Without positives box and centerness are 0, with a graph.
+    Returns {"cls", "box", "centerness"}, each () float32.
+    """
+    positive = labels >= 0
+    # Background points enter with identical boxes: weight 0 alone would turn an infinite distance into NaN.
+    ltrb = torch.where(positive[..., None], ltrb, 1.0)
+    target_centerness = centerness_targets(target_ltrb)
+    box_weight = target_centerness * positive
+    # All ranks take part in this one reduction, also those without a positive point.
+    num_pos, weight_sum = mean_over_ranks(torch.stack((positive.sum().float(), box_weight.sum())))
+    num_pos = num_pos.clamp(min=1)
+
+    one_hot = labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)
+    cls_loss = sigmoid_focal_loss(logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA)
+    # Around the origin instead of around its point: IoU and GIoU do not see the difference.
+    pred_box, target_box = (torch.cat((-d[..., :2], d[..., 2:]), dim=-1) for d in (ltrb, target_ltrb))
+    box_loss = iou_loss(pred_box, target_box) if original else giou_loss(pred_box, target_box)
+    # Centerness has soft targets, so its loss cannot reach 0: values around 0.6 are normal.
+    centerness_loss = F.binary_cross_entropy_with_logits(centerness, target_centerness, reduction="none")
+    return {"cls": cls_loss.sum() / num_pos,
+            "box": (box_loss * box_weight).sum() / weight_sum.clamp(min=1e-6),
+            "centerness": (centerness_loss * positive).sum() / num_pos}
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+def fcos_decode(points: Tensor, ltrb: Tensor) -> Tensor:
+    """Boxes (..., 4) px from points (..., 2) px and distances (..., 4) px (Eq. 1 backwards)."""
+    return torch.cat((points - ltrb[..., :2], points + ltrb[..., 2:]), dim=-1)
+
+
+def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_sizes: list[int], height, width,
+                    score_threshold: float, nms_threshold: float) -> dict[str, Tensor]:
+    """Detections of one image.
+
+    Per level the PRE_NMS_TOP_K (point, class) pairs with the best class score above the threshold stay; the score
+    becomes class score x centerness, boxes are clipped, empty ones dropped; class-wise NMS; MAX_DETECTIONS best.
+
+    logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. height, width: of the image
+    without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64}, best first; N may be 0.
+    """
+    # DIFFERS: mmdetection 3.x's choice of pairs, by class score. mmdetection 2.x keeps the 1000 *points* with the
+    # best class score x centerness, and all classes of each; AdelaiDet ranks pairs by that product.
+    num_classes = logits.shape[-1]
+    kept = []
+    first = 0
+    for size in level_sizes:
+        scores = logits[first:first + size].sigmoid().flatten()
+        best, pair = scores.topk(min(PRE_NMS_TOP_K, scores.numel()))
+        pair = pair[best > score_threshold] + first * num_classes
+        kept.append(pair)
+        first += size
+    pair = torch.cat(kept)
+    point, labels = pair // num_classes, pair % num_classes
+    scores = logits[point, labels].sigmoid() * centerness[point].sigmoid()
+    boxes = clip_boxes(boxes[point], height, width)
+    not_empty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    boxes, scores, labels = boxes[not_empty], scores[not_empty], labels[not_empty]
+    keep = batched_nms(boxes, scores, labels, nms_threshold)[:MAX_DETECTIONS]
+    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+class FCOS(nn.Module):
+    """The detector.
+
+    num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`; caffe also chooses the
+    pixel mean of Detectron's weights and std 1. original: the form in the table at the top. fpn_channels: a
+    multiple of GROUP_NORM_GROUPS. score_threshold, nms_threshold: for inference; None is the form's published value.
+
+    images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4) px;
+    gt_labels (B, G) int64, -1 = padding, -2 = crowd.
+    train(): model(images, sizes, gt_boxes, gt_labels) -> {"cls", "box", "centerness"}, each ()
+    eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
+    """
+
+    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False, original: bool = False,
+                 norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
+                 score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):
+        super().__init__()
+        self.original, self.score_threshold = original, score_threshold
+        self.nms_threshold = nms_threshold or (NMS_THRESHOLD_ORIGINAL if original else NMS_THRESHOLD)
+        self.backbone = ResNet(backbone, caffe, norm, freeze_at)
+        self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5", relu_before_p7=True)
+        self.head = FCOSHead(num_classes, fpn_channels, original)
+        pixels = (CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED) if caffe else TORCHVISION_PIXELS
+        for name, value in zip(("pixel_mean", "pixel_std"), pixels):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
+
+    def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None, gt_labels: Tensor | None = None):
+        images = normalise_images(images, sizes, self.pixel_mean, self.pixel_std)
+        features = self.fpn(self.backbone(images)[1:])
+        logits, ltrb, centerness = self.head(features)
+        shapes = [tuple(feature.shape[-2:]) for feature in features]
+        points, strides, ranges = image_points(shapes, images.device)
+        unit = 1 if self.original else strides[:, None]  # what one unit of the head's ltrb is in px
+        if self.training:
+            targets = [fcos_targets(points, strides, ranges, boxes, labels, self.original)
+                       for boxes, labels in zip(gt_boxes, gt_labels)]
+            labels = torch.stack([t[0] for t in targets])
+            target_ltrb = torch.stack([t[1] for t in targets]) / unit
+            return fcos_losses(logits, ltrb, centerness, labels, target_ltrb, self.original)
+        boxes = fcos_decode(points, ltrb * unit)
+        level_sizes = [height * width for height, width in shapes]
+        return [fcos_detections(logits[i], boxes[i], centerness[i], level_sizes, sizes[i, 0], sizes[i, 1],
+                                self.score_threshold, self.nms_threshold) for i in range(len(images))]
+
+
+def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """mmdetection's FCOS weights (2.x and 3.x) under our names, for a strict load into the matching `FCOS`.
+
+    The matching model: original=True where the towers have no bias; caffe=True for a ResNet, False for a ResNeXt.
+    Caffe weights saw BGR: conv1 is flipped to RGB. pixel_mean and pixel_std of the published recipe are added.
+    """
+    rules = (("neck.lateral_convs.0.conv.", "fpn.lateral.0."), ("neck.lateral_convs.1.conv.", "fpn.lateral.1."),
+             ("neck.lateral_convs.2.conv.", "fpn.lateral.2."), ("neck.fpn_convs.0.conv.", "fpn.output.0."),
+             ("neck.fpn_convs.1.conv.", "fpn.output.1."), ("neck.fpn_convs.2.conv.", "fpn.output.2."),
+             ("neck.fpn_convs.3.conv.", "fpn.p6."), ("neck.fpn_convs.4.conv.", "fpn.p7."),
+             ("bbox_head.conv_cls.", "head.cls_logits."), ("bbox_head.conv_reg.", "head.ltrb."),
+             ("bbox_head.conv_centerness.", "head.centerness."))
+    renamed = {}
+    for key, value in state_dict.items():
+        for old, new in rules:
+            key = key.replace(old, new)
+        if key.startswith("bbox_head.scales."):
+            key = f"head.scales.{key.split('.')[2]}"
+        elif key.startswith(("bbox_head.cls_convs.", "bbox_head.reg_convs.")):
+            _, tower, i, layer, leaf = key.split(".")
+            tower = "cls_tower" if tower == "cls_convs" else "box_tower"
+            key = f"head.{tower}.{3 * int(i) + (layer == 'gn')}.{leaf}"
+        renamed[key] = value
+    original = "head.cls_tower.0.bias" not in renamed
+    conv2 = renamed["backbone.layer1.0.conv2.weight"]
+    caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet
+    if caffe:
+        renamed["backbone.conv1.weight"] = renamed["backbone.conv1.weight"].flip(1)
+    pixels = (CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED) if caffe else TORCHVISION_PIXELS
+    for name, value in zip(("pixel_mean", "pixel_std"), pixels):
+        renamed[name] = torch.tensor(value).view(3, 1, 1)
+    return renamed

@@ -1,0 +1,165 @@
+"""Box arithmetic, losses and non-maximum suppression shared by the detectors.
+
+Boxes are `(..., 4)` float (x1, y1, x2, y2) in pixels unless a name says otherwise; x2, y2 are the far edges, so
+a box is x2 - x1 wide (no "+1"). Everything here runs in float32, also under autocast: areas overflow float16.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+try:  # Only a fast path: a CPU build of torch cannot load the registry's torchvision, and an NPU has no kernels.
+    import torchvision.ops as torchvision_ops
+except Exception:  # a torch / torchvision mismatch raises RuntimeError, not ImportError
+    torchvision_ops = None
+
+NMS_BLOCK = 256  # boxes decided together by the plain NMS: large enough for few rounds, small enough for few IoUs
+
+
+# ---------------------------------------------------------------------------------------------- boxes
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas (...,) of boxes (..., 4). An inverted box gets whatever the product says."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU of every box of one set with every box of another.
+
+    boxes1: (N, 4), boxes2: (M, 4), same unit. Returns (N, M) in [0, 1]; two boxes without area give NaN.
+    """
+    boxes1, boxes2 = boxes1.float(), boxes2.float()
+    corner1 = torch.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
+    corner2 = torch.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
+    width_height = (corner2 - corner1).clamp(min=0)
+    inter = width_height[..., 0] * width_height[..., 1]
+    return inter / (box_area(boxes1)[:, None] + box_area(boxes2)[None, :] - inter)
+
+
+def clip_boxes(boxes: Tensor, height, width) -> Tensor:
+    """Boxes (..., 4) cut to [0, width] x [0, height]; height, width are numbers or 0-d tensors, px."""
+    x = boxes[..., 0::2].clamp(min=0).minimum(torch.as_tensor(width, dtype=boxes.dtype, device=boxes.device))
+    y = boxes[..., 1::2].clamp(min=0).minimum(torch.as_tensor(height, dtype=boxes.dtype, device=boxes.device))
+    return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of independent binary classifiers (RetinaNet, arXiv 1708.02002, Eq. 5), not reduced.
+
+    logits, targets: same shape; targets are 0 or 1. Returns that shape, float32: the caller weighs and sums.
+    """
+    logits, targets = logits.float(), targets.float()
+    prob = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    prob_wrong = prob + targets - 2 * prob * targets  # 1 - p where the target is 1, p where it is 0
+    return (1 - alpha + (2 * alpha - 1) * targets) * prob_wrong ** gamma * cross_entropy
+
+
+def _intersection_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    boxes1, boxes2 = boxes1.float(), boxes2.float()
+    corner1 = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    corner2 = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
+    width_height = (corner2 - corner1).clamp(min=0)
+    inter = width_height[..., 0] * width_height[..., 1]
+    return inter, (box_area(boxes1) + box_area(boxes2) - inter).clamp(min=eps)
+
+
+def iou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """-ln(IoU) of matched boxes (UnitBox, arXiv 1608.01471), not reduced.
+
+    pred, target: (..., 4) in any one unit. Returns (...,) in [0, -ln(eps)]; disjoint boxes give the upper end.
+    """
+    inter, union = _intersection_union(pred, target, eps)
+    return -(inter / union).clamp(min=eps).log()
+
+
+def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
+    """1 - GIoU of matched boxes (arXiv 1902.09630, Algorithm 1), not reduced.
+
+    pred, target: (..., 4) in any one unit. Returns (...,) in [0, 2].
+    """
+    inter, union = _intersection_union(pred, target, eps)
+    corner1 = torch.minimum(pred[..., :2], target[..., :2])
+    corner2 = torch.maximum(pred[..., 2:], target[..., 2:])
+    enclosing = box_area(torch.cat((corner1, corner2), dim=-1).float()).clamp(min=eps)
+    return 1 - (inter / union - (enclosing - union) / enclosing)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average of a tensor over all ranks, without gradient; the tensor itself in a single process.
+
+    DDP averages gradients over ranks. A loss that is a sum divided by the *mean* count of all ranks therefore has
+    the gradient of one process that holds the joined batch. Every rank must call this equally often.
+    """
+    value = value.detach()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        value = value / dist.get_world_size()
+        dist.all_reduce(value)
+    return value
+
+
+# ------------------------------------------------------------------------- non-maximum suppression
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy non-maximum suppression: keep the best box, drop what overlaps it by more than the threshold, repeat.
+
+    boxes: (N, 4) px, scores: (N,); N may be 0. Returns the kept indices (M,) int64, best score first; equal scores
+    keep their input order. The result is that of `torchvision.ops.nms`, which is called where it has a kernel.
+    """
+    if _has_torchvision_kernel(boxes):
+        return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)
+    return nms_plain(boxes, scores, iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
+    """Class-wise `nms`: boxes suppress only boxes of their own class.
+
+    boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score first.
+    """
+    if _has_torchvision_kernel(boxes):
+        return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)
+    return nms_plain(boxes, scores, iou_threshold, labels)
+
+
+def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Tensor:
+    """`nms` (and `batched_nms`, given labels) in plain torch: runs on every device.
+
+    The sorted boxes are decided block by block. A block first loses what the boxes kept so far suppress. Inside it
+    "keep a box unless a kept better box overlaps it" is repeated until nothing changes: after round k the first k
+    boxes are final, so the fixed point is the greedy answer, and it is reached in a few rounds.
+    """
+    order = scores.float().argsort(descending=True, stable=True)
+    boxes, threshold = boxes.float()[order], _float32_below(iou_threshold)
+    labels = None if labels is None else labels[order]
+
+    def suppresses(better: Tensor, worse: Tensor) -> Tensor:  # (N,), (M,) positions -> (N, M) bool
+        overlap = pairwise_iou(boxes[better], boxes[worse]) > threshold
+        return overlap if labels is None else overlap & (labels[better][:, None] == labels[worse])
+
+    kept = order.new_zeros(0)
+    for block in torch.arange(len(order), device=order.device).split(NMS_BLOCK):
+        block = block[~suppresses(kept, block).any(dim=0)]
+        over = suppresses(block, block).triu(diagonal=1)
+        keep, before = torch.ones_like(block, dtype=torch.bool), None
+        while before is None or not torch.equal(keep, before):
+            keep, before = ~(over & keep[:, None]).any(dim=0), keep
+        kept = torch.cat((kept, block[keep]))
+    return order[kept]
+
+
+def _has_torchvision_kernel(boxes: Tensor) -> bool:
+    # On an NPU torchvision falls back to the CPU: the plain form stays on the device.
+    return torchvision_ops is not None and boxes.device.type in ("cpu", "cuda")
+
+
+def _float32_below(value: float) -> float:
+    # torchvision compares a float32 IoU with a double threshold; torch rounds the threshold to float32 first.
+    # With the largest float32 that is <= the threshold, ">" decides alike (an IoU of exactly 3/5 against 0.6).
+    rounded = torch.tensor(value, dtype=torch.float32)
+    if rounded.item() > value:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
+    return rounded.item()
