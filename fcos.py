@@ -254,22 +254,34 @@ class FCOS(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
 
     def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None, gt_labels: Tensor | None = None):
+        outputs = self.network(images, sizes)
+        return self.losses(outputs, gt_boxes, gt_labels) if self.training else self.detections(outputs, sizes)
+
+    def network(self, images: Tensor, sizes: Tensor) -> dict:
+        """Everything that is learned: head outputs of all points (see `FCOSHead`) and (height, width) of the levels."""
         images = normalise_images(images, sizes, self.pixel_mean, self.pixel_std)
         features = self.fpn(self.backbone(images)[1:])
         logits, ltrb, centerness = self.head(features)
-        shapes = [tuple(feature.shape[-2:]) for feature in features]
-        points, strides, ranges = image_points(shapes, images.device)
-        unit = 1 if self.original else strides[:, None]  # what one unit of the head's ltrb is in px
-        if self.training:
-            targets = [fcos_targets(points, strides, ranges, boxes, labels, self.original)
-                       for boxes, labels in zip(gt_boxes, gt_labels)]
-            labels = torch.stack([t[0] for t in targets])
-            target_ltrb = torch.stack([t[1] for t in targets]) / unit
-            return fcos_losses(logits, ltrb, centerness, labels, target_ltrb, self.original)
-        boxes = fcos_decode(points, ltrb * unit)
-        level_sizes = [height * width for height, width in shapes]
-        return [fcos_detections(logits[i], boxes[i], centerness[i], level_sizes, sizes[i, 0], sizes[i, 1],
-                                self.score_threshold, self.nms_threshold) for i in range(len(images))]
+        return {"logits": logits, "ltrb": ltrb, "centerness": centerness,
+                "shapes": [tuple(feature.shape[-2:]) for feature in features]}
+
+    def losses(self, outputs: dict, gt_boxes: Tensor, gt_labels: Tensor) -> dict[str, Tensor]:
+        points, strides, ranges = image_points(outputs["shapes"], gt_boxes.device)
+        targets = [fcos_targets(points, strides, ranges, boxes, labels, self.original)
+                   for boxes, labels in zip(gt_boxes, gt_labels)]
+        labels, target_ltrb = (torch.stack(t) for t in zip(*(target[:2] for target in targets)))
+        if not self.original:
+            target_ltrb = target_ltrb / strides[:, None]
+        return fcos_losses(outputs["logits"], outputs["ltrb"], outputs["centerness"], labels, target_ltrb,
+                           self.original)
+
+    def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
+        points, strides, _ = image_points(outputs["shapes"], sizes.device)
+        ltrb = outputs["ltrb"] if self.original else outputs["ltrb"] * strides[:, None]
+        boxes = fcos_decode(points, ltrb)
+        level_sizes = [height * width for height, width in outputs["shapes"]]
+        return [fcos_detections(outputs["logits"][i], boxes[i], outputs["centerness"][i], level_sizes, *sizes[i],
+                                self.score_threshold, self.nms_threshold) for i in range(len(sizes))]
 
 
 def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

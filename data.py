@@ -1,0 +1,624 @@
+"""Detection datasets: COCO and Pascal VOC layouts, and `shapes`, a set drawn on the fly; checks, resizing, batching.
+
+    python data.py                                   look at `shapes`: pictures with their boxes in runs/browse/
+    python data.py --data ROOT --split val2017       the same for COCO, VOC or your own data
+    python data.py --targets                         FCOS's targets: which points of which level learn which object
+
+Inside, a class is an index 0..C-1 and a box is (x1, y1, x2, y2) in pixels with far edges: a box is x2 - x1 wide.
+Dataset category ids and other box conventions exist in this file and in the files that are written out only.
+"""
+import argparse
+import json
+import math
+import os
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import Dataset
+
+PADDING, CROWD = -1, -2  # gt_labels of rows that are no object
+LISTED_PROBLEMS = 10  # how many unusable boxes are spelled out before "... and N more"
+EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}  # split: folder of its images
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+               "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+
+
+class DataError(ValueError):
+    """The data cannot be used as they are; the message names file, image, annotation and value."""
+
+
+# ---------------------------------------------------------------------------------------------- dataset
+
+class DetectionDataset:
+    """Images and boxes in flat arrays: forked workers then share the memory instead of copying objects they touch.
+
+    names: C class names. category_ids: C ids as the files have them. image_ids, paths: (N,) arrays. sizes: (N, 2)
+    height, width. Boxes of image i are rows first[i]:first[i + 1] of boxes (A, 4) xyxy px, classes (A,), areas (A,)
+    px^2 (of the object, not the box, where the file tells), crowd (A,), difficult (A,) bool. notes: lines to print.
+    voc: score with VOC's AP50.
+    """
+
+    def __init__(self, names, category_ids, image_ids, paths, sizes, boxes, classes, areas, crowd, difficult,
+                 image_index, notes=(), voc=False):
+        order = np.argsort(image_index, kind="stable")
+        self.names, self.category_ids, self.voc, self.notes = list(names), list(category_ids), voc, list(notes)
+        self.image_ids, self.paths = np.asarray(image_ids), np.asarray(paths, dtype=np.bytes_)
+        self.sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
+        self.boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
+        self.classes, self.areas = np.asarray(classes, np.int64)[order], np.asarray(areas, np.float64)[order]
+        self.crowd, self.difficult = np.asarray(crowd, bool)[order], np.asarray(difficult, bool)[order]
+        counts = np.bincount(np.asarray(image_index, np.int64), minlength=len(self.image_ids))
+        self.first = np.concatenate(([0], np.cumsum(counts)))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def image(self, index: int) -> Image.Image:
+        """RGB picture, EXIF orientation applied. Raises DataError if it is broken or not of the size stated."""
+        path = self.paths[index].decode()
+        image = read_image(path)
+        height, width = self.sizes[index]
+        if image.size != (width, height):
+            raise DataError(f"{path}: the picture is {image.width} x {image.height} (EXIF orientation applied), its "
+                            f"annotation says {width} x {height}: the boxes cannot be placed")
+        return image
+
+    def objects(self, index: int, use_difficult: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """What image `index` trains on: boxes (n, 4) float32 px clipped to the image, labels (n,) int64.
+
+        Crowds are labelled CROWD. Boxes under 1 px and, unless asked for, VOC's difficult ones are left out.
+        """
+        rows = slice(self.first[index], self.first[index + 1])
+        height, width = self.sizes[index]
+        boxes = self.boxes[rows].clip(0, (width, height, width, height))
+        labels = np.where(self.crowd[rows], CROWD, self.classes[rows])
+        keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
+        if not use_difficult:
+            keep &= ~self.difficult[rows]
+        return boxes[keep].astype(np.float32), labels[keep]
+
+    def non_empty(self, use_difficult: bool = False) -> np.ndarray:
+        """Indices of the images that have an object to learn (a crowd is none)."""
+        return np.array([i for i in range(len(self)) if (self.objects(i, use_difficult)[1] >= 0).any()], np.int64)
+
+    def table(self) -> str:
+        """Class name -> index, category id, images and boxes: read it once before every training."""
+        image_of_box = np.repeat(np.arange(len(self)), np.diff(self.first))
+        pairs = np.unique(np.stack((self.classes, image_of_box)), axis=1)[0] if len(self.boxes) else self.classes
+        images = np.bincount(pairs, minlength=len(self.names))
+        boxes = np.bincount(self.classes, minlength=len(self.names))
+        width = max(map(len, [*self.names, "class"]))
+        lines = [f"{'class':{width}}  index  id     images    boxes"]
+        for i, name in enumerate(self.names):
+            lines.append(f"{name:{width}}  {i:5}  {self.category_ids[i]!s:5} {images[i]:8} {boxes[i]:8}")
+        empty = int((np.diff(self.first) == 0).sum())
+        lines.append(f"{len(self)} images ({empty} without boxes), {len(self.boxes)} boxes"
+                     f" ({int(self.crowd.sum())} crowds, {int(self.difficult.sum())} difficult)")
+        return "\n".join(lines)
+
+
+def open_dataset(data: str, split: str, json_path: str | None = None, image_dir: str | None = None,
+                 names: list[str] | None = None) -> DetectionDataset:
+    """The dataset at `data`, in the layout found there.
+
+    data: "shapes", or a folder in COCO layout (`annotations/instances_SPLIT.json`, `SPLIT/`) or VOC layout
+    (`VOC2007/ImageSets/Main/SPLIT.txt`, ...). split: one or several joined by "+"; VOC's are YEAR_SPLIT. json_path
+    and image_dir name a COCO-format file and its images directly. names: the classes a model knows; a dataset with
+    others is refused. Raises DataError.
+    """
+    root = Path(data)
+    if json_path or image_dir:
+        if not (json_path and image_dir):
+            raise DataError("an annotation file and its image folder belong together: give both")
+        return load_coco([(Path(json_path), Path(image_dir))], names)
+    if data == "shapes":
+        dataset = Shapes(split)
+        if names and names != dataset.names:
+            raise DataError(f"the model knows {names}, shapes has {dataset.names}")
+        return dataset
+    if not root.is_dir():
+        raise DataError(f"data folder {root} does not exist (--data takes a folder or 'shapes')")
+    if any(root.glob("VOC[0-9]*")):
+        return load_voc(root, split, names)
+    if (root / "annotations").is_dir():
+        parts = split.split("+")
+        return load_coco([(root / "annotations" / f"instances_{part}.json",
+                           root / EXTRA_COCO_SPLITS.get(part, part)) for part in parts], names)
+    raise DataError(f"{root}: neither COCO layout (annotations/instances_{split}.json) nor VOC layout (VOC2007/); "
+                    f"for other layouts give the COCO-format file and the image folder "
+                    f"(--train-json --train-images --val-json --val-images)")
+
+
+def _class_order(names: list[str] | None, found: list[str], source) -> list[str]:
+    if names is None:
+        return found
+    if set(names) != set(found):
+        raise DataError(f"{source}: its classes are not the model's: only in the file {sorted(set(found) - set(names))}"
+                        f", only in the model {sorted(set(names) - set(found))}")
+    return list(names)
+
+
+# ---------------------------------------------------------------------------------------------- COCO
+
+def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) -> DetectionDataset:
+    """COCO-format files joined into one dataset. parts: (json file, image folder) pairs. Raises DataError.
+
+    Structural errors (a missing file, an unknown category, ...) stop; a box that cannot be an object is listed in
+    the notes and left out.
+    """
+    columns, notes, categories = [], [], None
+    for path, folder in parts:
+        content = _read_json(path)
+        table = {category["id"]: category["name"] for category in content["categories"]}
+        if categories is not None and table != categories:
+            raise DataError(f"{path}: other categories than {parts[0][0]}")
+        categories = table
+        columns.append(_coco_columns(content, table, path, folder, notes))
+    joined = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
+    offsets = np.cumsum([0] + [len(c["image_ids"]) for c in columns])
+    joined["image_index"] = np.concatenate([c["image_index"] + o for c, o in zip(columns, offsets)])
+    _refuse_duplicates(joined["image_ids"], "image id", parts[-1][0])
+    order = _class_order(names, list(categories.values()), parts[0][0])
+    id_of = {name: category for category, name in categories.items()}
+    category_ids = [id_of[name] for name in order]
+    index_of = {category: index for index, category in enumerate(category_ids)}
+    joined["classes"] = np.array([index_of[c] for c in joined.pop("category").tolist()], np.int64)
+    return DetectionDataset(order, category_ids, **joined, difficult=np.zeros(len(joined["boxes"]), bool), notes=notes)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise DataError(f"annotation file {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{path}: not a COCO annotation file, the list {key!r} is missing")
+    for key, fields in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name")),
+                        ("annotations", ("id", "image_id", "category_id", "bbox"))):
+        for row in content[key]:
+            missing = [f for f in fields if f not in row] if isinstance(row, dict) else fields
+            if missing:
+                raise DataError(f"{path}: {key} entry {str(row)[:80]} lacks {', '.join(missing)}")
+    if not content["images"] or not content["categories"]:
+        raise DataError(f"{path}: has {len(content['images'])} images and {len(content['categories'])} categories")
+    _refuse_duplicates([c["id"] for c in content["categories"]], "category id", path)
+    _refuse_duplicates([c["name"] for c in content["categories"]], "category name", path)
+    return content
+
+
+def _refuse_duplicates(values, what: str, path):
+    unique, counts = np.unique(np.asarray(values), return_counts=True)
+    if (counts > 1).any():
+        raise DataError(f"{path}: {what} {unique[counts > 1][0]} occurs {counts.max()} times")
+
+
+def _coco_columns(content: dict, categories: dict, path: Path, folder: Path, notes: list[str]) -> dict:
+    images, annotations = content["images"], content["annotations"]
+    for image in images:
+        if not (_is_number(image["width"]) and _is_number(image["height"])
+                and image["width"] > 0 and image["height"] > 0):
+            raise DataError(f"{path}: image {image['id']}: width {image['width']}, height {image['height']}")
+    position = {image["id"]: i for i, image in enumerate(images)}
+    _refuse_duplicates([image["id"] for image in images], "image id", path)
+    for a in annotations:
+        where = f"{path}: annotation {a['id']}"
+        if a["image_id"] not in position:
+            raise DataError(f"{where}: points to image {a['image_id']}, which is not in the file")
+        if a["category_id"] not in categories:
+            raise DataError(f"{where} (image {a['image_id']}): unknown category {a['category_id']}")
+        if not (isinstance(a["bbox"], list) and len(a["bbox"]) == 4 and all(map(_is_number, a["bbox"]))):
+            raise DataError(f"{where} (image {a['image_id']}): bbox {a['bbox']} is not [x, y, width, height]")
+    ids = [a["id"] for a in annotations]
+    _refuse_duplicates(ids, "annotation id", path)
+    if 0 in ids:
+        notes.append(f"{path}: annotation id 0 (image {annotations[ids.index(0)]['image_id']}): pycocotools would "
+                     f"count it as never found; scoring here renumbers")
+    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
+    xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+    boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
+    index = np.array([position[a["image_id"]] for a in annotations], np.int64)
+    keep = _usable(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[index], lambda i: (
+        f"{path}: image {annotations[i]['image_id']}, annotation {ids[i]}, bbox {annotations[i]['bbox']}"), notes)
+    area = [a["area"] if _is_number(a.get("area")) else a["bbox"][2] * a["bbox"][3] for a in annotations]
+    paths = [str(folder / image["file_name"]) for image in images]
+    _refuse_missing_images(paths, path)
+    return {"image_ids": np.array([image["id"] for image in images]), "paths": np.array(paths, np.bytes_),
+            "sizes": sizes, "boxes": boxes[keep], "areas": np.array(area, np.float64)[keep],
+            "category": np.array([a["category_id"] for a in annotations])[keep], "image_index": index[keep],
+            "crowd": np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)[keep]}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _usable(boxes: np.ndarray, solid: np.ndarray, sizes: np.ndarray, name, notes: list[str]) -> np.ndarray:
+    """Which boxes (A, 4) can be objects of their images (A, 2); the others go to the notes, named by name(row).
+
+    solid: (A,) bool, whether the box as it stands in the file has an area.
+    """
+    finite = np.isfinite(boxes).all(axis=1)
+    inside = (boxes[:, :2] < sizes[:, ::-1]).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+    keep = finite & solid & inside
+    bad = np.flatnonzero(~keep)
+    for i in bad[:LISTED_PROBLEMS]:
+        why = ("not finite" if not finite[i] else "no area (inverted or empty)" if not solid[i]
+               else f"outside its {sizes[i][1]} x {sizes[i][0]} image")
+        notes.append(f"{name(i)}: {why}")
+    if len(bad) > LISTED_PROBLEMS:
+        notes.append(f"... and {len(bad) - LISTED_PROBLEMS} more")
+    if len(bad):
+        notes.append(f"left out {len(bad)} unusable boxes of {len(boxes)}, in training and in scoring")
+    beyond = keep & ((boxes[:, :2] < -1).any(axis=1) | (boxes[:, 2:] > sizes[:, ::-1] + 1).any(axis=1))
+    if beyond.any():
+        i = int(np.flatnonzero(beyond)[0])
+        notes.append(f"{int(beyond.sum())} boxes reach over the border of their image and are cut there in training "
+                     f"(the first: {name(i)})")
+    tiny = keep & ((boxes[:, 2:] - boxes[:, :2]) < 1).any(axis=1)
+    if tiny.any():
+        notes.append(f"{int(tiny.sum())} boxes are under 1 px wide or high: scored, not trained on (the first: "
+                     f"{name(int(np.flatnonzero(tiny)[0]))}). Are the coordinates pixels?")
+    return keep
+
+
+def _refuse_missing_images(paths: list[str], source):
+    """One listing per folder instead of one look per file: 118k files take under a second."""
+    listed = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else None
+              for folder in {os.path.dirname(path) for path in paths}}
+    missing = [path for path in paths if os.path.basename(path) not in (listed[os.path.dirname(path)] or ())]
+    if missing:
+        folder = os.path.dirname(missing[0])
+        what = f"image folder {folder} does not exist" if listed[folder] is None else f"{missing[0]} does not exist"
+        raise DataError(f"{what}: {len(missing)} of {len(paths)} images of {source} are missing")
+
+
+# ---------------------------------------------------------------------------------------------- VOC
+
+def load_voc(root: Path, split: str, names: list[str] | None = None) -> DetectionDataset:
+    """Pascal VOC layout. split: YEAR_SPLIT, several joined by "+" ("2007_trainval+2012_trainval"). Raises DataError.
+
+    Classes: VOC's twenty if the files name no other, else what they name, sorted. VOC counts pixels from 1 and
+    includes both ends: (xmin - 1, ymin - 1, xmax, ymax) is the same box with far edges.
+    """
+    image_ids, paths, sizes, rows, notes = [], [], [], [], []
+    for part in split.split("+"):
+        year, _, subset = part.partition("_")
+        base = root / f"VOC{year}"
+        listing = base / "ImageSets" / "Main" / f"{subset}.txt"
+        if not listing.is_file():
+            raise DataError(f"{listing} does not exist (a VOC split is named YEAR_SPLIT, e.g. 2007_trainval)")
+        for line in listing.read_text().splitlines():
+            if not line.strip():
+                continue
+            name = line.split()[0]
+            path = base / "Annotations" / f"{name}.xml"
+            size, objects = _read_voc_file(path)
+            paths.append(str(base / "JPEGImages" / f"{name}.jpg"))
+            if size is None:
+                size = read_image(paths[-1]).size[::-1]
+            rows += [(len(image_ids), path, *obj) for obj in objects]
+            image_ids.append(name)
+            sizes.append(size)
+    if not image_ids:
+        raise DataError(f"{root}: the split {split} lists no images")
+    _refuse_duplicates(image_ids, "image", root)
+    _refuse_missing_images(paths, f"{root} {split}")
+    found = {row[2] for row in rows}
+    if names is None:
+        names = list(VOC_CLASSES) if found <= set(VOC_CLASSES) else sorted(found)
+    for row in rows:
+        if row[2] not in names:
+            raise DataError(f"{row[1]}: unknown class {row[2]!r}; the model knows {', '.join(names)}")
+    index = np.array([row[0] for row in rows], np.int64)
+    pixels = np.array([row[4] for row in rows], np.float64).reshape(-1, 4)
+    boxes = pixels - (1, 1, 0, 0)
+    # A box that is one pixel wide by VOC's convention is a slip of the mouse, not an object.
+    solid = (pixels[:, 2:] > pixels[:, :2]).all(axis=1)
+    keep = _usable(boxes, solid, np.array(sizes, np.int64)[index],
+                   lambda i: f"{rows[i][1]}: object {rows[i][3]} ({rows[i][2]}), bndbox {list(rows[i][4])}", notes)
+    kept = [row for row, k in zip(rows, keep) if k]
+    boxes = boxes[keep]
+    return DetectionDataset(
+        names, range(1, len(names) + 1), image_ids, paths, sizes, boxes, [names.index(row[2]) for row in kept],
+        (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), np.zeros(len(kept), bool),
+        [row[5] for row in kept], index[keep], notes, voc=True)
+
+
+def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
+    """((height, width) or None, [(class name, number, (xmin, ymin, xmax, ymax), difficult)]) of one file."""
+    if not path.is_file():
+        raise DataError(f"annotation file {path} does not exist")
+    try:
+        tree = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise DataError(f"{path}: not XML ({error})") from error
+    try:
+        size = (int(tree.findtext("size/height", "0")), int(tree.findtext("size/width", "0")))
+        objects = []
+        for number, obj in enumerate(tree.iter("object"), start=1):
+            box = tuple(float(obj.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            objects.append((obj.findtext("name").strip(), number, box, obj.findtext("difficult", "0").strip() == "1"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a VOC annotation, a size, name or bndbox is missing or no number ({error})"
+                        ) from error
+    return (size if min(size) > 0 else None), objects
+
+
+# ---------------------------------------------------------------------------------------------- shapes
+
+SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split; no picture is in both
+SHAPES_SIDE = 128  # px, of the longer side
+SHAPES_OBJECT = (12, 96)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
+SHAPES_EMPTY = 0.05  # share of images without objects
+SHAPES_MAX_OBJECTS = 6
+SHAPES_OVERLAP = 0.4  # of the smaller of two boxes
+
+
+def _regular(points: int, inner: float = 1.0) -> np.ndarray:
+    """Outline of a regular polygon, or of a star with inner < 1, in [-1, 1]; the first corner is on top."""
+    count = points if inner == 1 else 2 * points
+    angle = 2 * np.pi * np.arange(count) / count - np.pi / 2
+    radius = np.where(np.arange(count) % 2, inner, 1.0) if inner < 1 else np.ones(count)
+    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack((16 * np.sin(t) ** 3, -y), axis=1) / 16
+
+
+# name: outline (n, 2). The last two are the novel classes of the few-shot runs.
+OUTLINES = {
+    "disc": _regular(40),
+    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
+    "triangle": _regular(3),
+    "star": _regular(5, inner=0.42),
+    "cross": np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                       (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]),
+    "ring": _regular(40),  # its hole is cut when it is drawn
+    "arrow": np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)]),
+    "heart": _heart(),
+}
+RING_HOLE = 0.55  # radius of the hole in parts of the ring's
+
+
+class Shapes(DetectionDataset):
+    """The built-in set: textured pictures of eight shapes, drawn when they are read, equal on every machine and run.
+
+    split: "train" or "val". Image i of a split depends on the split and i alone.
+    """
+
+    def __init__(self, split: str):
+        if split not in SHAPES_IMAGES:
+            raise DataError(f"shapes has the splits {', '.join(SHAPES_IMAGES)}, not {split!r}")
+        count = SHAPES_IMAGES[split]
+        self.seed = list(SHAPES_IMAGES).index(split)
+        scenes = [self._scene(i) for i in range(count)]
+        sizes = [scene[0] for scene in scenes]
+        objects = [(i, *obj) for i, scene in enumerate(scenes) for obj in scene[1]]
+        outlines = [outline for _, _, outline in objects]
+        boxes = np.array([[*outline.min(axis=0), *outline.max(axis=0)] for outline in outlines]).reshape(-1, 4)
+        super().__init__(OUTLINES, range(1, len(OUTLINES) + 1), np.arange(1, count + 1),
+                         [f"shapes_{split}_{i:05}" for i in range(count)], sizes, boxes,
+                         [label for _, label, _ in objects], (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+                         np.zeros(len(boxes), bool), np.zeros(len(boxes), bool), [i for i, _, _ in objects])
+
+    def _scene(self, index: int) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
+        """Size (height, width) and objects [(label, outline (n, 2) px)] of a picture, back to front."""
+        rng = np.random.default_rng((self.seed, index, 0))
+        short = SHAPES_SIDE * rng.choice((0.75, 0.875, 1.0))
+        size = (SHAPES_SIDE, int(short)) if rng.random() < 0.5 else (int(short), SHAPES_SIDE)
+        wanted = 0 if rng.random() < SHAPES_EMPTY else rng.integers(1, SHAPES_MAX_OBJECTS + 1)
+        objects, boxes = [], []
+        for _ in range(20 * wanted):  # tries; a crowded picture may end up with fewer objects than wanted
+            if len(objects) == wanted:
+                break
+            label = int(rng.integers(len(OUTLINES)))
+            longer = math.exp(rng.uniform(*np.log(SHAPES_OBJECT)))
+            outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.7, 1.0))
+            turn = rng.uniform(-0.4, 0.4) + (rng.integers(4) * np.pi / 2 if rng.random() < 0.3 else 0)
+            outline = outline @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+            outline -= outline.min(axis=0)
+            outline *= longer / outline.max()
+            room = np.array(size[::-1]) - outline.max(axis=0)
+            if (room < 1).any():
+                continue
+            outline += rng.uniform(0, room)
+            box = np.concatenate((outline.min(axis=0), outline.max(axis=0)))
+            if all(_covered(box, other) <= SHAPES_OVERLAP for other in boxes):
+                objects.append((label, outline))
+                boxes.append(box)
+        return size, objects
+
+    def image(self, index: int) -> Image.Image:
+        size, objects = self._scene(index)
+        rng = np.random.default_rng((self.seed, index, 1))
+        height, width = size
+        base = rng.uniform(50, 205, 3)
+        picture = np.broadcast_to(base, (height, width, 3)).copy()
+        for cells, strength in ((3, 45), (10, 30), (32, 18)):  # blurred noise of three scales, then grain
+            noise = rng.uniform(-strength, strength, (cells, cells, 3)).astype(np.float32)
+            for c in range(3):
+                picture[..., c] += np.asarray(Image.fromarray(noise[..., c]).resize((width, height), Image.BICUBIC))
+        grain = rng.normal(0, 6, picture.shape)
+        image = Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8))
+        for label, outline in objects:
+            colour = rng.uniform(0, 255, 3)
+            while np.abs(colour - base).sum() < 120:
+                colour = rng.uniform(0, 255, 3)
+            stripes = rng.uniform(-40, 40) * np.sin(np.arange(width) * rng.uniform(0.1, 0.8) + rng.uniform(0, 6))
+            corner, end = outline.min(axis=0).astype(int), outline.max(axis=0).astype(int) + 1
+            part = slice(corner[1], end[1]), slice(corner[0], end[0])
+            texture = colour + stripes[None, part[1], None] + 2 * grain[part]
+            mask = _silhouette(outline - corner, list(OUTLINES)[label] == "ring", *texture.shape[:2])
+            image.paste(Image.fromarray(texture.clip(0, 255).astype(np.uint8)), tuple(corner.tolist()), mask)
+        return image
+
+
+def _covered(box: np.ndarray, other: np.ndarray) -> float:
+    """Intersection of two boxes in parts of the smaller one."""
+    side = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
+    smaller = min(np.prod(box[2:] - box[:2]), np.prod(other[2:] - other[:2]))
+    return float(np.prod(side.clip(0)) / smaller)
+
+
+def _silhouette(outline: np.ndarray, ring: bool, height: int, width: int, smooth: int = 4) -> Image.Image:
+    """Mask with soft edges of an outline (n, 2) px in a height x width picture, drawn `smooth` times as large."""
+    mask = Image.new("L", (width * smooth, height * smooth))
+    draw = ImageDraw.Draw(mask)
+    draw.polygon([tuple(p) for p in outline * smooth], fill=255)
+    if ring:
+        center = (outline.min(axis=0) + outline.max(axis=0)) / 2
+        draw.polygon([tuple(p) for p in (center + (outline - center) * RING_HOLE) * smooth], fill=0)
+    return mask.reduce(smooth)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def read_image(path: str) -> Image.Image:
+    """Any picture Pillow reads as RGB, upright (EXIF). Raises DataError naming a broken or missing file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as a picture ({error})") from error
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow's convert would cut at 255
+        pixels = np.asarray(image, np.float32)
+        image = Image.fromarray((pixels / 257 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """Size (height, width) after scaling so that the short side is min_size, or the long one max_size if smaller."""
+    scale = min(max_size / max(height, width), min_size / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: int, flip: bool = False,
+                use_difficult: bool = False) -> dict:
+    """One image at network size.
+
+    Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of that image, "labels" (n,) int64, "image_id",
+    "index", "original_size" (height, width)}.
+    """
+    image = dataset.image(index)
+    boxes, labels = dataset.objects(index, use_difficult)
+    width, height = image.size
+    new_height, new_width = resized_shape(height, width, min_size, max_size)
+    if (new_height, new_width) != (height, width):
+        image = image.resize((new_width, new_height), Image.BILINEAR)
+    boxes = boxes * np.array([new_width / width, new_height / height] * 2, np.float32)
+    if flip:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), axis=1)
+    return {"image": np.asarray(image), "boxes": boxes, "labels": labels, "image_id": dataset.image_ids[index].item(),
+            "index": index, "original_size": (height, width)}
+
+
+def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | None = None) -> dict:
+    """Samples as one batch (the tensor contract of the models).
+
+    Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width;
+    gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING where an image has fewer than G objects (G >= 1);
+    image_ids, indices: lists; original_sizes (B, 2). H, W: the largest image rounded up to `divisor`, or `pad_to`.
+    """
+    sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
+    height, width = pad_to or (-(-sizes.amax(dim=0) // divisor) * divisor).tolist()
+    if pad_to and (sizes > torch.tensor(pad_to)).any():
+        raise DataError(f"an image of {sizes.amax(dim=0).tolist()} (height, width) does not fit --pad-to {pad_to}")
+    count = len(samples)
+    most = max(1, *(len(sample["labels"]) for sample in samples))
+    images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
+    gt_boxes, gt_labels = torch.zeros(count, most, 4), torch.full((count, most), PADDING)
+    for i, sample in enumerate(samples):
+        h, w = sample["image"].shape[:2]
+        n = len(sample["labels"])
+        images[i, :, :h, :w] = torch.from_numpy(sample["image"].copy()).permute(2, 0, 1)
+        gt_boxes[i, :n], gt_labels[i, :n] = torch.from_numpy(sample["boxes"]), torch.from_numpy(sample["labels"])
+    return {"images": images, "sizes": sizes, "gt_boxes": gt_boxes, "gt_labels": gt_labels,
+            "image_ids": [sample["image_id"] for sample in samples], "indices": [s["index"] for s in samples],
+            "original_sizes": torch.tensor([sample["original_size"] for sample in samples])}
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+class TrainSamples(Dataset):
+    """Training view of a dataset. An item is asked for by (epoch, index).
+
+    Flip and short side are drawn from (seed, epoch, index), so they depend on neither worker, rank nor restart.
+    """
+
+    def __init__(self, dataset: DetectionDataset, min_sizes: list[int], max_size: int, flip: bool = True,
+                 use_difficult: bool = False, seed: int = 0):
+        self.dataset, self.min_sizes, self.max_size = dataset, list(min_sizes), max_size
+        self.flip, self.use_difficult, self.seed = flip, use_difficult, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        min_size = self.min_sizes[rng.integers(len(self.min_sizes))]
+        flip = self.flip and rng.random() < 0.5
+        return load_sample(self.dataset, index, min_size, self.max_size, flip, self.use_difficult)
+
+
+class TestSamples(Dataset):
+    """Every image of a dataset once, at one size, in order."""
+
+    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int):
+        self.dataset, self.min_size, self.max_size = dataset, min_size, max_size
+
+    def __getitem__(self, index: int) -> dict:
+        return load_sample(self.dataset, index, self.min_size, self.max_size)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class StepBatches:
+    """The images of every training step: a function of (seed, epoch) alone.
+
+    A step takes `batch_size` images of one aspect-ratio group (wide or tall), which wastes little padding. Rank r of
+    `world` takes the r-th part of each step, in `accumulate` micro-batches; what all ranks see together depends on
+    neither `world` nor `accumulate`. Iterating yields lists of (epoch, index), from step `start` to step `stop`.
+    """
+
+    def __init__(self, dataset: DetectionDataset, indices: np.ndarray, batch_size: int, seed: int = 0, rank: int = 0,
+                 world: int = 1, accumulate: int = 1, start: int = 0, stop: int = 0):
+        self.indices, self.batch_size, self.seed = np.asarray(indices), batch_size, seed
+        self.wide = dataset.sizes[self.indices, 1] >= dataset.sizes[self.indices, 0]
+        self.rank, self.world, self.accumulate, self.start, self.stop = rank, world, accumulate, start, stop
+        self.steps_per_epoch = sum(-(-int(group.sum()) // batch_size) for group in (self.wide, ~self.wide))
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(steps_per_epoch, batch_size) image indices. The last batch of a group is filled up from its first."""
+        rng = np.random.default_rng((self.seed, epoch))
+        batches = []
+        for group in (self.wide, ~self.wide):
+            members = rng.permutation(self.indices[group])
+            count = -(-len(members) // self.batch_size)
+            batches.append(np.resize(members, (count, self.batch_size)))
+        return rng.permutation(np.concatenate(batches))
+
+    def __iter__(self):
+        micro = self.batch_size // (self.world * self.accumulate)
+        current = None
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                current, batches = epoch, self.epoch(epoch)
+            mine = batches[position].reshape(self.world, self.accumulate, micro)[self.rank]
+            for part in mine.tolist():
+                yield [(epoch, index) for index in part]
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulate

@@ -1,0 +1,502 @@
+"""Score a checkpoint, re-score a detections file, or draw detections for a folder of images.
+
+    python evaluate.py --ckpt runs/fcos/last.pth                          the split the run was trained against
+    python evaluate.py --ckpt C.pth --data coco --split val2017           another dataset or split
+    torchrun --nproc_per_node 8 evaluate.py --ckpt C.pth                  every image once, whatever the number of ranks
+    python evaluate.py --detections runs/fcos/detections.json --data coco --split val2017
+    python evaluate.py --ckpt C.pth --images photos/                      no annotations: drawings and detections.json
+
+Written to --out (the checkpoint's folder by default): detections.json (COCO result format), metrics.json, pictures/.
+"""
+import os
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported for --device npu, and only then
+
+import argparse
+import colorsys
+import contextlib
+import importlib.util
+import io
+import json
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+
+from backbone import WeightsError
+from data import DataError, DetectionDataset, TestSamples, collate, open_dataset, read_image, resized_shape
+from fcos import FCOS
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # COCO's 12 lines
+BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+# Rank 0 scores while the others wait in a collective, so the limit is far above torch's 10 minutes.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+# ---------------------------------------------------------------------------------------------- device and ranks
+
+def setup_device(name: str) -> tuple[torch.device, int, int]:
+    """Device, rank and number of ranks; under torchrun the process group is started.
+
+    name: auto (cuda if there is one, else cpu), cuda, npu or cpu. Raises SystemExit with one line.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda, but torch sees no CUDA GPU (use --device cpu, or check the driver)")
+    if name == "npu":
+        _import_npu()
+    local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if name != "cpu":
+        module = torch.get_device_module(name)
+        if local_rank >= module.device_count():
+            raise SystemExit(f"error: {os.environ.get('LOCAL_WORLD_SIZE', world)} ranks on this machine, but "
+                             f"{module.device_count()} {name} devices")
+        device = torch.device(name, local_rank)
+        module.set_device(device)
+    if world > 1:
+        dist.init_process_group(BACKENDS[name], timeout=COLLECTIVE_TIMEOUT)
+    return device, int(os.environ.get("RANK", 0)), world
+
+
+def _import_npu():
+    found = importlib.util.find_spec("torch_npu")
+    if found is None:
+        raise SystemExit("error: --device npu: torch_npu is not installed (see requirements-npu.txt)")
+    # The pair of a CUDA build and torch_npu does not raise, it aborts the process. A stand-in for tests may pass.
+    if torch.version.cuda and "STAND_IN = True" not in Path(found.origin).read_text(encoding="utf-8"):
+        raise SystemExit("error: --device npu needs the CPU build of torch, this is a CUDA build "
+                         "(see requirements-npu.txt)")
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, RuntimeError) as error:
+        raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({error}); it needs CANN and the torch_npu "
+                         f"release that matches torch {torch.__version__}") from error
+    torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
+
+
+def synchronize(device: torch.device):
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+def build_model(args: dict, num_classes: int) -> torch.nn.Module:
+    """The detector that train.py's arguments describe, with fresh weights."""
+    return FCOS(num_classes, args["backbone"], caffe=args["caffe"], original=args["original"], norm=args["norm"],
+                freeze_at=args["freeze_at"], fpn_channels=args["fpn_channels"])
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of train.py. Raises WeightsError naming the file."""
+    if not Path(path).is_file():
+        raise WeightsError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+    missing = {"model", "args", "names", "category_ids", "step"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise WeightsError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_model(ckpt_path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, dict]:
+    """The trained detector in evaluation mode, and what else its checkpoint holds.
+
+    Returns (model, info): info has args (dict), names (C class names), category_ids (C dataset ids), step.
+    Raises WeightsError.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    model = build_model(checkpoint["args"], len(checkpoint["names"]))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise WeightsError(f"{ckpt_path}: its weights do not fit the model its arguments describe ({error})") from error
+    info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step")}
+    return model.to(device, memory_format=torch.channels_last).eval(), info
+
+
+# ---------------------------------------------------------------------------------------------- detections
+
+class EqualShapes:
+    """Batches of images that have one size after resizing: no padding, so results do not depend on the batch.
+
+    Rank r of `world` takes every world-th batch; a batch is a list of indices.
+    """
+
+    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int, batch_size: int, rank: int, world: int):
+        shapes = [resized_shape(height, width, min_size, max_size) for height, width in dataset.sizes.tolist()]
+        order = sorted(range(len(dataset)), key=lambda i: shapes[i])
+        batches = []
+        for i in order:
+            if not batches or len(batches[-1]) == batch_size or shapes[batches[-1][0]] != shapes[i]:
+                batches.append([])
+            batches[-1].append(i)
+        self.batches = batches[rank::world]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@torch.inference_mode()
+def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.device, min_size: int, max_size: int,
+           batch_size: int = 1, workers: int = 2, amp: torch.dtype | None = None, rank: int = 0, world: int = 1,
+           pad_to: tuple[int, int] | None = None) -> tuple[list[dict], dict[str, float]]:
+    """Detections of every image, in COCO result format (category ids of `dataset`, pixels of the original images).
+
+    Every rank gets the results of all ranks. Also returns ms per image spent waiting for images ("loading"), in the
+    network and in post-processing (decoding and NMS). The mode of the model is restored.
+    """
+    was_training = model.training
+    model.eval()
+    batches = EqualShapes(dataset, min_size, max_size, batch_size, rank, world)
+    loader = DataLoader(TestSamples(dataset, min_size, max_size), batch_sampler=batches, num_workers=workers,
+                        collate_fn=partial(collate, pad_to=pad_to), pin_memory=device.type == "cuda")
+    results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
+    clock = time.perf_counter()
+
+    def lap(phase: str):
+        nonlocal clock
+        synchronize(device)
+        now = time.perf_counter()
+        seconds[phase] += now - clock
+        clock = now
+
+    for batch in loader:
+        lap("loading")
+        images = batch["images"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        sizes = batch["sizes"].to(device, non_blocking=True)
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            outputs = model.network(images, sizes)
+        lap("network")
+        detections = model.detections(outputs, sizes)
+        results += _coco_results(dataset, batch, detections)
+        seen += batch["indices"]
+        lap("post-processing")
+    model.train(was_training)
+    milliseconds = {phase: 1000 * value / max(1, len(seen)) for phase, value in seconds.items()}
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (seen, results))
+        seen, results = sum((part[0] for part in parts), []), sum((part[1] for part in parts), [])
+    assert sorted(seen) == list(range(len(dataset))), "every image must be scored exactly once"
+    order = {image_id: position for position, image_id in enumerate(dataset.image_ids.tolist())}
+    results.sort(key=lambda r: (order[r["image_id"]], -r["score"]))  # the file does not depend on ranks or batches
+    return results, milliseconds
+
+
+def _coco_results(dataset: DetectionDataset, batch: dict, detections: list[dict]) -> list[dict]:
+    results = []
+    for i, found in enumerate(detections):
+        scale = (batch["original_sizes"][i] / batch["sizes"][i]).flip(0).repeat(2)  # width, height, width, height
+        boxes = found["boxes"].float().cpu() * scale
+        boxes[:, 2:] -= boxes[:, :2]
+        for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()):
+            results.append({"image_id": batch["image_ids"][i], "category_id": dataset.category_ids[label],
+                            "bbox": [round(v, 3) for v in box], "score": round(score, 6)})
+    return results
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+def score(dataset: DetectionDataset, results: list[dict]) -> dict:
+    """AP of detections in COCO result format; prints the table. Raises DataError for ids the dataset does not have.
+
+    Returns {"AP", "AP50", ...: the 12 COCO numbers in 0..1 (None where no object is of that kind), "per_class":
+    {name: AP}}; for VOC data also "AP50_VOC07" (11-point) and "AP50_VOC" (all-point).
+    """
+    _check_results(dataset, results)
+    metrics = _coco_scores(dataset, results)
+    columns = {"AP": metrics["per_class"]}
+    if dataset.voc:
+        for key, eleven_point in (("AP50_VOC07", True), ("AP50_VOC", False)):
+            columns[key] = voc_ap50(dataset, results, eleven_point)
+            known = [v for v in columns[key].values() if v is not None]
+            metrics[key] = float(np.mean(known)) if known else None
+    width = max(map(len, dataset.names))
+    print(f"{'class':{width}}  " + "  ".join(f"{key:>10}" for key in columns))
+    for name in dataset.names:
+        print(f"{name:{width}}  " + "  ".join(f"{_shown(column[name]):>10}" for column in columns.values()))
+    if dataset.voc:
+        print(f"AP50 (VOC07 11-point) {_shown(metrics['AP50_VOC07'])}   "
+              f"AP50 (VOC10+ all-point) {_shown(metrics['AP50_VOC'])}   difficult objects ignored")
+    print("  ".join(f"{key} {_shown(metrics[key])}" for key in METRICS[:6]))
+    return metrics
+
+
+def _shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def _check_results(dataset: DetectionDataset, results: list[dict]):
+    images, categories = set(dataset.image_ids.tolist()), set(dataset.category_ids)
+    for i, result in enumerate(results):
+        missing = {"image_id", "category_id", "bbox", "score"} - set(result)
+        if missing:
+            raise DataError(f"detection {i} lacks {', '.join(sorted(missing))}")
+        if result["image_id"] not in images:
+            raise DataError(f"detection {i}: image_id {result['image_id']} is not in the dataset")
+        if result["category_id"] not in categories:
+            raise DataError(f"detection {i}: category_id {result['category_id']} is not in the dataset")
+
+
+def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
+    truth, image_ids = COCO(), dataset.image_ids.tolist()
+    image_of_box = np.repeat(np.arange(len(dataset)), np.diff(dataset.first))
+    xywh = np.concatenate((dataset.boxes[:, :2], dataset.boxes[:, 2:] - dataset.boxes[:, :2]), axis=1).tolist()
+    truth.dataset = {
+        "images": [{"id": i, "height": h, "width": w} for i, (h, w) in zip(image_ids, dataset.sizes.tolist())],
+        "categories": [{"id": c, "name": n} for c, n in zip(dataset.category_ids, dataset.names)],
+        # Ids from 1: pycocotools takes id 0 for "not matched". VOC's difficult objects are ignored like crowds.
+        "annotations": [{"id": i + 1, "image_id": image_ids[image_of_box[i]], "bbox": xywh[i],
+                         "category_id": dataset.category_ids[dataset.classes[i]], "area": float(dataset.areas[i]),
+                         "iscrowd": int(dataset.crowd[i] or dataset.difficult[i])} for i in range(len(xywh))]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    if not results:
+        print("warning: there is not a single detection")
+        return {**dict.fromkeys(METRICS, 0.0), "per_class": dict.fromkeys(dataset.names, 0.0)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, 100 detections
+    per_class = [float(p[p > -1].mean()) if (p > -1).any() else None for p in np.moveaxis(precision, 2, 0)]
+    # pycocotools orders classes by category id and writes -1 where there is nothing to find.
+    rank_of = {category: i for i, category in enumerate(sorted(dataset.category_ids))}
+    return {**{key: float(v) if v > -1 else None for key, v in zip(METRICS, evaluation.stats)},
+            "per_class": {n: per_class[rank_of[c]] for n, c in zip(dataset.names, dataset.category_ids)}}
+
+
+def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool) -> dict[str, float | None]:
+    """Pascal VOC's AP at IoU > 0.5 of every class; None for a class without objects.
+
+    eleven_point: the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC07) instead of the area under the
+    precision envelope (VOC10 and later). Detections go by score; each takes the object it overlaps most. A second
+    hit of an object is a false positive, a hit of a difficult one counts as nothing. With far-edge boxes the IoU is
+    the devkit's, which counts pixels.
+    """
+    position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+    by_category = {category: [] for category in dataset.category_ids}
+    for result in results:
+        by_category[result["category_id"]].append(result)
+    average = {}
+    for label, name in enumerate(dataset.names):
+        found = sorted(by_category[dataset.category_ids[label]], key=lambda r: -r["score"])
+        mine = dataset.classes == label
+        total = int((mine & ~dataset.difficult).sum())
+        taken, hits = set(), []  # hits: 1 true positive, 0 false positive
+        for result in found:
+            i = position[result["image_id"]]
+            rows = np.arange(dataset.first[i], dataset.first[i + 1])
+            rows = rows[mine[rows]]
+            x, y, w, h = result["bbox"]
+            overlap = _iou(np.array([x, y, x + w, y + h]), dataset.boxes[rows])
+            best = int(overlap.argmax()) if len(rows) else -1
+            if best < 0 or overlap[best] <= 0.5:
+                hits.append(0)
+            elif not dataset.difficult[rows[best]]:
+                hits.append(int(rows[best] not in taken))
+                taken.add(rows[best])
+        true = np.cumsum(hits)
+        recall, precision = true / max(1, total), true / np.arange(1, len(hits) + 1)
+        average[name] = _area_under(recall, precision, eleven_point) if total else None
+    return average
+
+
+def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    side = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0)
+    inter = side.prod(axis=1)
+    return inter / np.maximum((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - inter, 1e-12)
+
+
+def _area_under(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -> float:
+    if eleven_point:
+        return float(np.mean([precision[recall >= t].max(initial=0) for t in np.arange(0, 1.1, 0.1)]))
+    recall, precision = np.concatenate(([0], recall, [1])), np.concatenate(([0], precision, [0]))
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(((recall[1:] - recall[:-1]) * envelope[1:]).sum())
+
+
+# ---------------------------------------------------------------------------------------------- drawings
+
+def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: int, threshold: float = 0.3):
+    """Pictures of the first `count` images: objects in white, detections in the colour of their class with score."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
+    by_image = {}
+    for result in results:
+        by_image.setdefault(result["image_id"], []).append(result)
+    for i in range(min(count, len(dataset))):
+        image = dataset.image(i)
+        zoom = max(1, 512 // max(image.size))  # small pictures are enlarged so that the text can be read
+        image = image.resize((image.width * zoom, image.height * zoom))
+        canvas = ImageDraw.Draw(image)
+        for box in (dataset.boxes[dataset.first[i]:dataset.first[i + 1]] * zoom).tolist():
+            canvas.rectangle(box, outline="black", width=3)
+            canvas.rectangle(box, outline="white", width=1)
+        image_id = dataset.image_ids[i].item()
+        for result in by_image.get(image_id, []):
+            if result["score"] < threshold:
+                continue
+            label = label_of[result["category_id"]]
+            colour = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.381966 % 1, 0.9, 1))
+            x, y, w, h = (v * zoom for v in result["bbox"])
+            canvas.rectangle((x, y, x + w, y + h), outline=colour, width=2)
+            text = f"{dataset.names[label]} {result['score']:.2f}"
+            place = (x + 2, y - 11 if y > 11 else y + 1)
+            canvas.rectangle(canvas.textbbox(place, text), fill=colour)
+            canvas.text(place, text, fill="black")
+        image.save(folder / f"{image_id}.png" if zoom > 1 else folder / f"{image_id}.jpg")
+
+
+# ---------------------------------------------------------------------------------------------- script
+
+def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, batch_size: int = 1, workers: int = 2,
+             amp: torch.dtype | None = None, rank: int = 0, world: int = 1, pad_to=None, pictures: int = 8) -> dict:
+    """Detect, score, write detections.json, metrics.json and pictures/ under `out`. All ranks call it; the metrics
+    are returned on rank 0, {} elsewhere."""
+    results, timing = detect(model, dataset, device, min_size, max_size, batch_size, workers, amp, rank, world, pad_to)
+    if rank > 0:
+        return {}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "detections.json", results)
+    metrics = score(dataset, results)
+    metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in timing.items()}
+    print("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in timing.items()))
+    write_json(out / "metrics.json", metrics)
+    draw(dataset, results, out / "pictures", pictures)
+    return metrics
+
+
+def write_json(path: Path, content):
+    """A whole file or none: written beside its place, then moved there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_results(path: Path) -> list[dict]:
+    """detections.json of any detector in COCO result format. Raises DataError naming the file."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as detections ({error})") from error
+    if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
+        raise DataError(f"{path}: not COCO result format, a list of {{image_id, category_id, bbox, score}}")
+    return results
+
+
+def image_folder(path: Path, names: list[str], category_ids: list[int]) -> DetectionDataset:
+    """Pictures without annotations (a folder, or one file) as a dataset; image ids are the file names."""
+    paths = sorted(p for p in ([path] if path.is_file() else path.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"{path}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    sizes = [read_image(str(p)).size[::-1] for p in paths]
+    none = np.zeros(0)
+    return DetectionDataset(names, category_ids, [p.name for p in paths], [str(p) for p in paths], sizes,
+                            np.zeros((0, 4)), none, none, none, none, none.astype(np.int64))
+
+
+def run_script(main):
+    """Call main(); a user's mistake ends in one line instead of a traceback."""
+    try:
+        main()
+    except (DataError, WeightsError) as error:
+        # An error in a loader's worker arrives with that worker's traceback around its message.
+        raise SystemExit(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ckpt", help="checkpoint of train.py")
+    parser.add_argument("--detections", type=Path, help="score this COCO result file, without a network")
+    parser.add_argument("--images", type=Path, help="a folder of pictures, or one: draw, do not score")
+    data = parser.add_argument_group("data (default: what the checkpoint was trained against)")
+    data.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout")
+    data.add_argument("--split", help="e.g. val2017, 2007_test")
+    data.add_argument("--json", help="COCO-format file, with --image-dir")
+    data.add_argument("--image-dir", help="folder of its images")
+    data.add_argument("--min-size", type=int, help="short side in px")
+    data.add_argument("--max-size", type=int, help="limit of the long side in px")
+    data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    run.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"))
+    run.add_argument("--batch-size", type=int, default=1, help="images per device; only equal sizes share a batch")
+    run.add_argument("--workers", type=int, default=2)
+    run.add_argument("--score-threshold", type=float, help="drop class scores below (default: the model's)")
+    run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections")
+    run.add_argument("--pictures", type=int, default=8, help="draw the first N images")
+    args = parser.parse_args()
+    if not args.ckpt and not (args.detections and (args.data or args.json)):
+        parser.error("give --ckpt, or --detections together with --data")
+    if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
+        parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.detections and not args.ckpt:
+        dataset = open_dataset(args.data or "", args.split or "val2017", args.json, args.image_dir)
+        results = read_results(args.detections)
+        metrics = score(dataset, results)
+        out = args.out or args.detections.parent
+        write_json(out / "metrics.json", metrics)
+        draw(dataset, results, out / "pictures", args.pictures)
+        return
+    device, rank, world = setup_device(args.device)
+    model, info = load_model(args.ckpt, device)
+    trained = info["args"]
+    if args.score_threshold is not None:
+        model.score_threshold = args.score_threshold
+    out = args.out or Path(args.ckpt).parent
+    if args.images:
+        dataset = image_folder(args.images, info["names"], info["category_ids"])
+    elif args.data or args.json:
+        dataset = open_dataset(args.data or "", args.split or trained["val_split"], args.json, args.image_dir,
+                               info["names"])
+    else:
+        dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
+                               trained["val_images"], info["names"])
+    min_size, max_size = args.min_size or max(trained["min_size"]), args.max_size or trained["max_size"]
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if rank == 0:
+        print(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
+              f"short side {min_size}, long side at most {max_size} px")
+    if args.images:
+        results, _ = detect(model, dataset, device, min_size, max_size, args.batch_size, args.workers, amp, rank, world)
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "detections.json", results)
+            draw(dataset, results, out / "pictures", len(dataset))
+            print(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
+        return
+    for note in dataset.notes if rank == 0 else ():
+        print(note)
+    evaluate(model, dataset, device, out, min_size, max_size, args.batch_size, args.workers, amp, rank, world,
+             args.pad_to, args.pictures)
+
+
+if __name__ == "__main__":
+    run_script(main)
