@@ -1,0 +1,414 @@
+"""Train a detector.
+
+    python train.py --model fcos                                  built-in shapes, minutes on a laptop CPU
+    python train.py --data coco --micro-batch 4                   COCO on one GPU: 16 images a step, 4 at a time
+    torchrun --nproc_per_node 8 train.py --data coco              COCO on 8 GPUs, 2 images each
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data coco
+    python train.py --data my_data --epochs 30 --init runs/fcos/last.pth --resume
+
+The file reads from top to bottom: arguments, learning rate, parameter groups, checkpoints, then main(), in which the
+training loop is written out. The README has a recipe for every published number.
+"""
+import os
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported for --device npu, and only then
+
+import argparse
+import json
+import math
+import platform
+import resource
+import signal
+import subprocess
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from backbone import ARCHITECTURES, WeightsError, load_imagenet
+from data import DataError, StepBatches, TrainSamples, collate, open_dataset
+from evaluate import build_model, evaluate, read_checkpoint, run_script, setup_device
+
+REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
+# Steps at the reference batch and where the lr drops tenfold (Detectron's model zoo).
+SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)), "s1x": (130_000, (100_000, 120_000))}
+WARMUP_FACTOR = 1 / 3
+MOMENTUM = 0.9
+BIAS_LR_FACTOR, BIAS_DECAY = 2.0, 0.0  # of convolution biases (FCOS's published recipe)
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What an argument that was not given becomes: small on the built-in set, the published recipe elsewhere.
+SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128], "max_size": 128,
+                   "train_split": "train", "val_split": "val", "epochs": 2.0, "lr": 0.02, "warmup_steps": 50}
+DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "min_size": [800], "max_size": 1333,
+            "train_split": "train2017", "val_split": "val2017", "lr": 0.01, "warmup_steps": 500}
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments with every default filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="fcos", choices=("fcos",))
+    model.add_argument("--original", action="store_true", help="FCOS as first published, without the improvements")
+    model.add_argument("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
+    model.add_argument("--weights", help="ImageNet weights: none, a file, or a backbone's name for torchvision's "
+                                         "(default: torchvision's; shapes: none)")
+    model.add_argument("--caffe", action="store_true", help="stride on the first 1x1: for Detectron's R-50, R-101")
+    model.add_argument("--norm", choices=("frozen", "affine", "batch"),
+                       help="batch norm of the backbone: fixed, trained scale, ordinary (default: frozen with "
+                            "--weights, batch from scratch)")
+    model.add_argument("--freeze-at", type=int, help="stages that do not train (default: 2 with --weights, else 0)")
+    model.add_argument("--fpn-channels", type=int, help="default: 256 (shapes: 64)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="shapes", help="'shapes' or a folder in COCO or VOC layout")
+    data.add_argument("--train-split", help="default: train2017; several joined by +")
+    data.add_argument("--val-split", help="default: val2017")
+    data.add_argument("--train-json", help="COCO-format file, with --train-images")
+    data.add_argument("--train-images", help="folder of its images")
+    data.add_argument("--val-json", help="COCO-format file, with --val-images")
+    data.add_argument("--val-images", help="folder of its images")
+    data.add_argument("--min-size", type=int, nargs="+", help="short side in px; of several one is drawn per image "
+                                                              "(default: 800; shapes: 128)")
+    data.add_argument("--max-size", type=int, help="limit of the long side in px (default: 1333; shapes: 128)")
+    data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
+    data.add_argument("--drop-empty", action="store_true", help="leave images without objects out of training")
+    data.add_argument("--use-difficult", action="store_true", help="train on VOC's difficult objects")
+    data.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4)")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--batch-size", type=int, default=REFERENCE_BATCH, help="images per step, all ranks together")
+    optim.add_argument("--micro-batch", type=int, help="images per rank at a time; gradients add up to the batch size "
+                                                       "(default: all at once)")
+    optim.add_argument("--lr", type=float, help="for a batch of 16, scaled linearly (default: 0.01; shapes: 0.02)")
+    optim.add_argument("--schedule", default="1x", choices=SCHEDULES, help="steps and lr drops, for a batch of 16")
+    optim.add_argument("--epochs", type=float, help="length instead of the schedule's; lr drops at the same fractions")
+    optim.add_argument("--max-steps", type=int, help="length in steps, likewise")
+    optim.add_argument("--warmup-steps", type=int, help="default: 500 or a tenth of the run (shapes: 50)")
+    optim.add_argument("--weight-decay", type=float, default=1e-4)
+    optim.add_argument("--clip", type=float, default=35.0, help="limit of the gradient's L2 norm, 0 = none")
+    optim.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
+    optim.add_argument("--loss-scale", default="dynamic", help="for fp16: dynamic or a number")
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    run.add_argument("--out", type=Path, help="default: runs/MODEL")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--init", help="start from the weights of this checkpoint; other classes get a new head")
+    run.add_argument("--resume", nargs="?", const="last", help="go on from OUT/last.pth or the file given")
+    run.add_argument("--log-every", type=int, default=20)
+    run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (last.pth)")
+    run.add_argument("--keep", action="store_true", help="keep each checkpoint as step_N.pth as well")
+    run.add_argument("--eval-every", type=int, help="steps between evaluations (default: at the end)")
+    run.add_argument("--no-eval", action="store_true")
+    run.add_argument("--pictures", type=int, default=8, help="evaluation draws the first N images")
+    args = parser.parse_args(argv)
+
+    for name, value in (SHAPES_DEFAULTS if args.data == "shapes" else DEFAULTS).items():
+        if getattr(args, name, None) is None and not (name == "epochs" and args.max_steps):
+            setattr(args, name, value)
+    args.weights = args.weights or args.backbone
+    scratch = args.weights == "none" and not args.init
+    args.norm = args.norm or ("batch" if scratch else "frozen")
+    args.freeze_at = (0 if scratch else 2) if args.freeze_at is None else args.freeze_at
+    args.out = args.out or Path("runs") / args.model
+    args.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if args.workers is None else args.workers
+    for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch", "max_steps",
+                 "epochs", "eval_every"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if min(args.min_size) <= 0:
+        parser.error(f"--min-size must be positive, not {min(args.min_size)}")
+    if args.max_steps and args.epochs:
+        parser.error("give --epochs or --max-steps, not both")
+    if args.fpn_channels % 32:
+        parser.error(f"--fpn-channels must be a multiple of 32 (group norm), not {args.fpn_channels}")
+    if not 0 <= args.freeze_at <= 5:
+        parser.error(f"--freeze-at must be 0..5 (stem and four stages), not {args.freeze_at}")
+    if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
+        parser.error(f"--loss-scale is 'dynamic' or a positive number, not {args.loss_scale}")
+    return args
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- optimisation
+
+def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int, constant_warmup: bool) -> float:
+    """Rate of a step (0-based): warm-up from WARMUP_FACTOR, linear or constant, then a tenth after each drop.
+
+    A function of the step alone, so that a resumed run continues it by construction.
+    """
+    rate = base_lr * 0.1 ** sum(step >= drop for drop in drops)
+    if step >= warmup_steps:
+        return rate
+    return rate * (WARMUP_FACTOR if constant_warmup else 1 - (1 - step / warmup_steps) * (1 - WARMUP_FACTOR))
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """SGD groups: convolution biases learn at BIAS_LR_FACTOR times the rate and do not decay; all else is plain.
+
+    As in mmdetection 2.x the weight and bias of a norm layer are not such biases: both decay.
+    """
+    convolutions = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    plain, biases = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (biases if name in convolutions else plain).append(parameter)
+    return [{"params": plain, "weight_decay": weight_decay, "lr_factor": 1.0},
+            {"params": biases, "weight_decay": BIAS_DECAY, "lr_factor": BIAS_LR_FACTOR}]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path: Path, content: dict):
+    """A whole file or none: written beside its place, flushed to disk, then moved there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_init(model: torch.nn.Module, path: str, names: list[str]):
+    """Weights to fine-tune from. The class predictor of a checkpoint with other classes is left as initialised."""
+    checkpoint = read_checkpoint(path)
+    state, own = checkpoint["model"], model.state_dict()
+    replaced = [key for key in own if key.startswith("head.cls_logits.") and checkpoint["names"] != list(names)]
+    wrong = [key for key in own if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
+    if wrong or set(state) - set(own):
+        raise WeightsError(f"{path}: not this model (different in {(wrong or sorted(set(state) - set(own)))[:3]}); "
+                           f"it was trained with --backbone {checkpoint['args']['backbone']} --fpn-channels "
+                           f"{checkpoint['args']['fpn_channels']}, original={checkpoint['args']['original']}")
+    model.load_state_dict({**own, **{key: value for key, value in state.items() if key not in replaced}})
+    if replaced:
+        print(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
+
+
+def rng_states(world: int) -> list[torch.Tensor]:
+    state = torch.get_rng_state()
+    if world == 1:
+        return [state]
+    states = [None] * world
+    dist.all_gather_object(states, state)
+    return states
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+def environment(device: torch.device, world: int) -> str:
+    """One line: versions, device, commit."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                         capture_output=True, text=True)
+    name = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu"
+            else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    return (f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {device.type} "
+            f"({name}), {world} rank(s), commit {git.stdout.strip() or 'unknown'}")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GB: of the device, or resident on a CPU."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if platform.system() == "Darwin" else 1024) / 1e9
+    return torch.get_device_module(device).max_memory_allocated() / 1e9
+
+
+def main():
+    args = parse_args()
+    device, rank, world = setup_device(args.device)
+    say = print if rank == 0 else lambda *_: None
+    say(environment(device, world))
+
+    # ---- batch
+    if args.batch_size % world:
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not divisible by {world} ranks")
+    micro_batch = args.micro_batch or args.batch_size // world
+    if args.batch_size % (world * micro_batch):
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not {world} ranks x a multiple of --micro-batch "
+                         f"{micro_batch}")
+    accumulate = args.batch_size // (world * micro_batch)
+    if args.amp == "fp16" and device.type == "cpu":
+        raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
+
+    # ---- data
+    train_set = open_dataset(args.data, args.train_split, args.train_json, args.train_images)
+    for line in (*train_set.notes, train_set.table()):
+        say(line)
+    val_set = None
+    if not args.no_eval:
+        val_set = open_dataset(args.data, args.val_split, args.val_json, args.val_images, train_set.names)
+        for line in val_set.notes:
+            say(line)
+    filled = train_set.non_empty(args.use_difficult)
+    indices = filled if args.drop_empty else np.arange(len(train_set))
+    say(f"{len(indices)} training images, {len(train_set) - len(filled)} of {len(train_set)} have no object to learn"
+        f" ({'dropped' if args.drop_empty else 'kept: --drop-empty leaves them out'})")
+    if len(filled) == 0:
+        raise DataError("there is no object to learn in the training data")
+
+    # ---- schedule
+    batches = StepBatches(train_set, indices, args.batch_size, args.seed, rank, world, accumulate)
+    schedule_steps, schedule_drops = SCHEDULES[args.schedule]
+    max_steps = (args.max_steps or (math.ceil(args.epochs * batches.steps_per_epoch) if args.epochs else
+                                    round(schedule_steps * REFERENCE_BATCH / args.batch_size)))
+    drops = [round(max_steps * drop / schedule_steps) for drop in schedule_drops]
+    warmup_steps = min(args.warmup_steps, max_steps // 10)
+    base_lr = args.lr * args.batch_size / REFERENCE_BATCH
+    say(f"lr {base_lr:g} = {args.lr:g} x {args.batch_size}/{REFERENCE_BATCH}, warm-up {warmup_steps} steps, a tenth "
+        f"from steps {drops}; {max_steps} steps = {max_steps / batches.steps_per_epoch:.1f} epochs of "
+        f"{batches.steps_per_epoch}")
+    say(f"batch {args.batch_size} = {world} rank(s) x {accumulate} micro-batch(es) x {micro_batch} images"
+        + (", each micro-batch normalised by its own number of positives" if accumulate > 1 else ""))
+
+    # ---- model
+    torch.manual_seed(args.seed)
+    model = build_model(vars(args), len(train_set.names))
+    if args.init:
+        load_init(model, args.init, train_set.names)
+    elif args.weights != "none" and not args.resume:
+        pixels = load_imagenet(model.backbone, args.weights)
+        if pixels[1] != tuple(model.pixel_std.flatten().tolist()):  # a style decides the mean; the std must be the file's
+            for buffer, value in zip((model.pixel_mean, model.pixel_std), pixels):
+                buffer.copy_(torch.tensor(value).view(3, 1, 1))
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=base_lr, momentum=MOMENTUM)
+    static_scale = None if args.loss_scale == "dynamic" else float(args.loss_scale)
+    scaler = torch.amp.GradScaler(device.type, init_scale=static_scale or 2.0 ** 16, enabled=args.amp == "fp16")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them train")
+
+    # ---- resume
+    start = 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    torch.manual_seed(args.seed + rank)
+    if args.resume:
+        path = args.out / "last.pth" if args.resume == "last" else Path(args.resume)
+        checkpoint = read_checkpoint(path)
+        if checkpoint["names"] != train_set.names:
+            raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data has "
+                               f"{train_set.names}; use --init to fine-tune on other classes")
+        for key, value in settings.items():
+            if value != checkpoint["args"].get(key) and key not in ("resume", "out", "init", "workers"):
+                say(f"resume changes {key}: {checkpoint['args'].get(key)} -> {value}")
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{path}: cannot resume, it holds another model ({str(error)[:200]})") from error
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        start = checkpoint["step"]
+        if len(checkpoint["rng"]) == world:
+            torch.set_rng_state(checkpoint["rng"][rank])
+        say(f"resumed {path} at step {start}")
+
+    def save(step: int):
+        states = rng_states(world)
+        if rank > 0:
+            return
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                   "step": step, "rng": states, "args": settings, "names": train_set.names,
+                   "category_ids": train_set.category_ids}
+        save_checkpoint(args.out / "last.pth", content)
+        if args.keep:
+            save_checkpoint(args.out / f"step_{step}.pth", content)
+
+    # ---- loop
+    ddp = model if world == 1 else DistributedDataParallel(
+        model, device_ids=None if device.type == "cpu" else [device.index])
+    batches.start, batches.stop = start, max_steps
+    loader = iter(DataLoader(TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
+                             batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
+                             collate_fn=partial(collate, pad_to=args.pad_to)))
+    # A signal only leaves a note: the step ends first, then all ranks save and stop together.
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: interrupted.append(number))
+    model.train()
+    loss_sums, data_seconds, window = {}, 0.0, time.perf_counter()
+    log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
+    for step in range(start, max_steps):
+        lr = learning_rate(step, base_lr, drops, warmup_steps, constant_warmup=args.original)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        image_ids = []
+        for micro in range(accumulate):
+            waited = time.perf_counter()
+            batch = next(loader)
+            data_seconds += time.perf_counter() - waited
+            image_ids += batch["image_ids"]
+            images, sizes, gt_boxes, gt_labels = (batch[key].to(device, non_blocking=True) for key in
+                                                  ("images", "sizes", "gt_boxes", "gt_labels"))
+            images = images.contiguous(memory_format=torch.channels_last)
+            last = micro == accumulate - 1
+            with nullcontext() if world == 1 or last else ddp.no_sync():  # ranks meet once a step
+                with torch.autocast(device.type, AMP[args.amp] or torch.bfloat16, enabled=args.amp != "off"):
+                    losses = ddp(images, sizes, gt_boxes, gt_labels)
+                scaler.scale(sum(losses.values()) / accumulate).backward()
+            for name, value in losses.items():
+                loss_sums[name] = loss_sums.get(name, 0) + value.detach() / accumulate
+
+        # All ranks learn in one reduction whether one of them has to stop.
+        total = sum(loss_sums.values())
+        stop = torch.stack((~torch.isfinite(total), torch.tensor(bool(interrupted), device=device))).float()
+        if world > 1:
+            dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+        not_finite, stopping = stop.tolist()
+        if not_finite:
+            if not torch.isfinite(total):
+                print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, images {image_ids}",
+                      flush=True)
+            raise SystemExit(f"error: the loss is not finite at step {step}; {args.out / 'last.pth'} was not touched. "
+                             f"Lower --lr, lengthen --warmup-steps or lower --clip" if rank == 0 else 1)
+        scaler.unscale_(optimizer)
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update(static_scale)
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        if done % args.log_every == 0 or done == max_steps or stopping:
+            steps = (done - start - 1) % args.log_every + 1
+            names = list(loss_sums)
+            means = torch.stack([loss_sums[name] for name in names]) / steps
+            if world > 1:
+                dist.all_reduce(means)
+            seconds = time.perf_counter() - window
+            row = {"step": done, "epoch": round(done / batches.steps_per_epoch, 3),
+                   "loss": sum((means / world).tolist()), **dict(zip(names, (means / world).tolist())), "lr": lr,
+                   "data_s": data_seconds / steps, "step_s": seconds / steps,
+                   "images_per_s": steps * args.batch_size / seconds, "memory_gb": peak_memory(device),
+                   "eta_s": (max_steps - done) * seconds / steps}
+            say(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
+                + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *names))
+                + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  {row['images_per_s']:.1f} "
+                  f"images/s  {row['memory_gb']:.2f} GB  ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}")
+            if rank == 0:
+                print(json.dumps(row), file=log_file, flush=True)
+            loss_sums, data_seconds, window = {}, 0.0, time.perf_counter()
+        if done % args.save_every == 0 or done == max_steps or stopping:
+            save(done)
+        if stopping:
+            say(f"interrupted: saved {args.out / 'last.pth'} at step {done}; go on with --resume")
+            return
+        if val_set and (done == max_steps or args.eval_every and done % args.eval_every == 0):
+            evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size, workers=args.workers,
+                     amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to, pictures=args.pictures)
+            window = time.perf_counter()
+
+
+if __name__ == "__main__":
+    run_script(main)
