@@ -1,0 +1,408 @@
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fcos
+from backbone import FixedStatsBatchNorm2d
+from fcos import FCOS, centerness_targets, fcos_decode, fcos_detections, fcos_targets, image_points, level_points
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+import rules  # noqa: E402
+
+BATCHES = {"b01": [0, 1], "b02": [0, 2], "b1": [1]}  # pictures of the golden batches
+
+
+def golden_batch(pictures):
+    """The golden pictures and objects under our tensor contract (RGB, crowds labelled -2)."""
+    images, gts = rules.images(), rules.gts()
+    shape = np.max([images[i].shape[:2] for i in pictures], axis=0)
+    height, width = (-(-shape // 32) * 32).tolist()
+    most = max(len(gts[i][0]) + len(gts[i][2]) for i in pictures)
+    batch = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
+    sizes = torch.zeros(len(pictures), 2, dtype=torch.int64)
+    boxes, labels = torch.zeros(len(pictures), most, 4), torch.full((len(pictures), most), -1)
+    for n, i in enumerate(pictures):
+        h, w = images[i].shape[:2]
+        batch[n, :, :h, :w] = torch.from_numpy(images[i][:, :, ::-1].copy()).permute(2, 0, 1)
+        sizes[n] = torch.tensor([h, w])
+        gt, label, crowd = gts[i]
+        both = np.concatenate((gt, crowd))
+        boxes[n, :len(both)] = torch.from_numpy(both)
+        labels[n, :len(both)] = torch.from_numpy(np.concatenate((label, np.full(len(crowd), -2))))
+    return batch, sizes, boxes, labels
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return (json.loads((GOLDEN / "fcos_original.json").read_text()), np.load(GOLDEN / "fcos.npz"),
+            json.loads((GOLDEN / "mmdet_keys.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def published(golden):
+    """Original FCOS with the rule-made weights of the golden run, and {mmdetection's key: ours}."""
+    weights = {key: torch.as_tensor(value) for key, value in rules.weights(golden[2]["fcos_a"], "fcos_a").items()}
+    model = FCOS(80, "resnet50", caffe=True, original=True)
+    model.load_state_dict(fcos.rename_mmdet(weights), strict=True)
+    # The rename moves tensors, so a tensor full of its own number finds its way back.
+    numbered = {key: torch.full_like(value, i, dtype=torch.float32) for i, (key, value) in
+                enumerate(weights.items())}
+    keys = list(weights)
+    ours = {keys[int(value.flatten()[0])]: key for key, value in fcos.rename_mmdet(numbered).items()
+            if not key.startswith("pixel_")}
+    return model, ours
+
+
+# ---------------------------------------------------------------------------- published numbers
+
+def test_targets_equal_the_published_ones(golden):
+    for name, pictures in BATCHES.items():
+        images, _, boxes, labels = golden_batch(pictures)
+        shapes = [(math.ceil(images.shape[2] / s), math.ceil(images.shape[3] / s)) for s in fcos.STRIDES]
+        points, strides, ranges = image_points(shapes)
+        found = [fcos_targets(points, strides, ranges, b, label, original=True)
+                 for b, label in zip(boxes, labels)]
+        # Recorded order: level, then image, then point.
+        sizes = [h * w for h, w in shapes]
+        cls, ltrb = (torch.cat([part for level in zip(*(t[k].split(sizes) for t in found)) for part in level])
+                     for k in (0, 1))
+        positive = (cls >= 0).nonzero().squeeze(1)
+        assert positive.tolist() == golden[1][f"{name}/pos_idx"].tolist()
+        assert cls[positive].tolist() == golden[1][f"{name}/pos_label"].tolist()
+        np.testing.assert_allclose(ltrb[positive], golden[1][f"{name}/pos_ltrb"].reshape(-1, 4), atol=1e-4)
+        np.testing.assert_allclose(centerness_targets(ltrb[positive]), golden[1][f"{name}/pos_centerness"],
+                                   atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_losses_and_gradients_equal_the_published_ones(golden, published, name):
+    model, ours = published
+    model.train().zero_grad()
+    losses = model(*golden_batch(BATCHES[name]))
+    expected = golden[0]["loss"][name]
+    for key, theirs in (("cls", "loss_cls"), ("box", "loss_bbox"), ("centerness", "loss_centerness")):
+        assert losses[key].item() == pytest.approx(expected[theirs], rel=1e-5, abs=1e-7)
+    sum(losses.values()).backward()
+    norms = {key: p.grad.double().norm().item() for key, p in model.named_parameters() if p.requires_grad}
+    assert {theirs for theirs, key in ours.items() if key in norms} == set(golden[0]["trainable"])
+    # One and two threads already differ by 3e-4 in single convolutions of this network (b1, where the gradient
+    # is a sum of cancelling terms); in float64 there would be nothing to tolerate.
+    for theirs, norm in golden[0]["grad_norm"][name].items():
+        mine = math.hypot(*norms.values()) if theirs == "__total__" else norms[ours[theirs]]
+        assert mine == pytest.approx(norm, rel=1e-3 if name == "b1" else 3e-4, abs=1e-9), theirs
+    if name != "b1":
+        assert math.hypot(*norms.values()) == pytest.approx(golden[0]["grad_norm"][name]["__total__"], rel=1e-5)
+
+
+def test_features_and_head_outputs_equal_the_published_ones(golden, published):
+    model, _ = published
+    images, sizes, _, _ = golden_batch(BATCHES["b01"])
+    model.eval()
+    with torch.no_grad():
+        x = fcos.normalise_images(images, sizes, model.pixel_mean, model.pixel_std)
+        stages = model.backbone(x)
+        levels = model.fpn(stages[1:])
+        logits, ltrb, centerness = model.head(levels)
+    lengths = [f.shape[2] * f.shape[3] for f in levels]
+
+    def per_level(out):  # (B, P, K) -> L x (B, K, H, W)
+        parts = out.transpose(1, 2).split(lengths, dim=2)
+        return [part.reshape(*part.shape[:2], *f.shape[2:]) for part, f in zip(parts, levels)]
+
+    for name, ours in (("backbone", stages), ("fpn", levels), ("head_cls", per_level(logits)),
+                       ("head_reg_eval", per_level(ltrb)), ("head_ctr", per_level(centerness[..., None]))):
+        for record, tensor in zip(golden[0][name], ours, strict=True):
+            assert list(tensor.shape) == record["shape"]
+            np.testing.assert_allclose(tensor.flatten()[record["idx"]], record["val"], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("case", "top_k", "threshold"), [("det", 1000, 0.05),
+                                                          ("det_pre60_thr003_v3.3.0", 60, 0.03)])
+def test_detections_equal_the_published_ones(golden, published, monkeypatch, case, top_k, threshold):
+    model, _ = published
+    monkeypatch.setattr(fcos, "PRE_NMS_TOP_K", top_k)
+    monkeypatch.setattr(model, "score_threshold", threshold)
+    model.eval()
+    for i in range(3):
+        if f"{case}/img{i}/boxes" not in golden[1]:
+            continue
+        images, sizes, _, _ = golden_batch([i])
+        with torch.no_grad():
+            found = model(images, sizes)[0]
+        boxes, scores, labels = (golden[1][f"{case}/img{i}/{k}"] for k in ("boxes", "scores", "labels"))
+        assert len(found["boxes"]) == len(boxes) > 0
+        for box, score, label in zip(boxes, scores, labels):
+            same = ((found["labels"].numpy() == label) & (np.abs(found["boxes"].numpy() - box).max(1) < 0.01)
+                    & (np.abs(found["scores"].numpy() - score) < 1e-5))
+            assert same.sum() == 1
+
+
+def test_both_published_forms_load_strictly(golden):
+    for case, original in (("fcos_a", True), ("fcos_b", False)):
+        state = {k: torch.zeros(shape) for k, shape in golden[2][case].items()}
+        state["backbone.conv1.weight"] = torch.arange(64 * 3 * 49.).reshape(64, 3, 7, 7)
+        renamed = fcos.rename_mmdet(state)
+        FCOS(80, "resnet50", caffe=True, original=original).load_state_dict(renamed, strict=True)
+        # Caffe weights saw BGR: red and blue change places.
+        assert torch.equal(renamed["backbone.conv1.weight"][:, 0], state["backbone.conv1.weight"][:, 2])
+    assert renamed["pixel_mean"].flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+
+
+def test_parameter_counts_are_the_published_ones():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in FCOS(80, original=True).parameters()) == 32_295_322
+        assert sum(p.numel() for p in FCOS(80).parameters()) == 32_297_370
+
+
+# ---------------------------------------------------------------------------- targets
+
+def slow_targets(points, strides, ranges, boxes, labels, original):
+    """The rules of the paper, one point and one object at a time."""
+    out = []
+    for (x, y), stride, (low, high) in zip(points.tolist(), strides.tolist(), ranges.tolist()):
+        best = None
+        for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist()):
+            ltrb = (x - x1, y - y1, x2 - x, y2 - y)
+            if label < 0 or min(ltrb) <= 0 or not low <= max(ltrb) <= high:
+                continue
+            far = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
+            if not original and far >= 1.5 * stride:
+                continue
+            area = (x2 - x1) * (y2 - y1)
+            if best is None or area < best[0]:
+                best = (area, label, ltrb)
+        out.append((-1, (1, 1, 1, 1)) if best is None else best[1:])
+    return torch.tensor([o[0] for o in out]), torch.tensor([o[1] for o in out], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_targets_equal_a_slow_loop(original, count):
+    generator = torch.Generator().manual_seed(count)
+    shapes = [(20, 24), (10, 12), (5, 6), (3, 3), (2, 2)]
+    points, strides, ranges = image_points(shapes)
+    corner = torch.randint(0, 120, (count, 2), generator=generator).float()
+    boxes = torch.cat((corner, corner + torch.randint(4, 160, (count, 2), generator=generator)), dim=1)
+    labels = torch.randint(-2, 5, (count,), generator=generator)
+    cls, ltrb, index = fcos_targets(points, strides, ranges, boxes, labels, original)
+    slow_cls, slow_ltrb = slow_targets(points, strides, ranges, boxes, labels, original)
+    assert torch.equal(cls, slow_cls)
+    assert torch.equal(ltrb, slow_ltrb)
+    assert torch.equal(index >= 0, cls >= 0)
+    assert count < 12 or (cls >= 0).any()
+
+
+def test_of_nested_objects_the_smaller_one_wins():
+    points, strides, ranges = image_points([(4, 4)])
+    boxes = torch.tensor([[0., 0., 32., 32.], [8., 8., 24., 24.]])
+    cls, ltrb, index = fcos_targets(points, strides, ranges, boxes, torch.tensor([3, 7]), original=True)
+    assert cls.view(4, 4)[1:3, 1:3].eq(7).all() and cls.eq(7).sum() == 4 and cls.eq(3).sum() == 12
+    # Point (12, 12) in the small box: 12 - 8 to the left and top, 24 - 12 to the right and bottom.
+    assert ltrb[5].tolist() == [4, 4, 12, 12] and index[5] == 1
+
+
+def test_points_lie_at_half_strides():
+    assert level_points(2, 2, 8).tolist() == [[4, 4], [12, 4], [4, 12], [12, 12]]
+
+
+def test_centerness_middle_and_off_centre():
+    ltrb = torch.tensor([[2., 3., 2., 3.],   # the middle of its box
+                         [1., 2., 4., 8.]])  # sqrt(1/4 * 2/8) = 0.25
+    assert centerness_targets(ltrb).tolist() == [1.0, 0.25]
+    assert centerness_targets(torch.zeros(0, 4)).shape == (0,)
+
+
+# ---------------------------------------------------------------------------- model
+
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    return FCOS(3, "resnet18", fpn_channels=64, norm="affine", freeze_at=0, **kwargs)
+
+
+def small_batch(objects=(3, 0)):
+    """Two 64 x 96 images of noise; `objects` boxes in each."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, 64, 96), generator=generator, dtype=torch.uint8)
+    boxes, labels = torch.zeros(2, 4, 4), torch.full((2, 4), -1)
+    for i, n in enumerate(objects):
+        corner = torch.rand(n, 2, generator=generator) * 30
+        boxes[i, :n] = torch.cat((corner, corner + 10 + 20 * torch.rand(n, 2, generator=generator)), dim=1)
+        labels[i, :n] = torch.arange(n) % 3
+    return images, torch.tensor([[64, 96], [64, 96]]), boxes, labels
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_empty_images_give_zero_box_loss_with_a_graph(original):
+    model = small_model(original=original).train()
+    images, sizes, boxes, labels = small_batch((0, 0))
+    for gt in ((boxes, labels), (boxes[:, :0], labels[:, :0])):
+        losses = model(images, sizes, *gt)
+        assert losses["box"] == 0 and losses["centerness"] == 0 and losses["cls"] > 0
+        model.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_crowds_are_background():
+    model = small_model().train()
+    images, sizes, boxes, labels = small_batch((2, 1))
+    without = model(images, sizes, boxes, labels)
+    boxes[:, 3], labels[:, 3] = torch.tensor([0., 0., 90., 60.]), -2
+    assert model(images, sizes, boxes, labels) == without
+
+
+def test_a_batch_equals_its_images_alone():
+    model = small_model(score_threshold=0.0).eval()
+    images, sizes, _, _ = small_batch()
+    with torch.no_grad():
+        model.head.cls_logits.bias += 2.0
+        together = model(images, sizes)
+        alone = [model(images[i:i + 1], sizes[i:i + 1])[0] for i in range(2)]
+    for a, b in zip(together, alone):
+        assert len(a["boxes"]) > 0 and torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-3, rtol=1e-4)
+
+
+def test_padding_is_zero_after_normalising():
+    model = small_model().eval()
+    images, sizes, _, _ = small_batch()
+    dirty = images.clone()
+    dirty[:, :, :, 80:] = 255
+    images[:, :, :, 80:] = 0
+    sizes[:, 1] = 80
+    with torch.no_grad():
+        for a, b in zip(model.network(dirty, sizes).values(), model.network(images, sizes).values()):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_losses_are_float32_and_finite_under_autocast(original):
+    model = small_model(original=original).train()
+    images, sizes, boxes, labels = small_batch()
+    boxes[0, 0] = torch.tensor([-2000., -2000., 4000., 4000.])  # its area overflows float16
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(images, sizes, boxes, labels)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+
+
+def test_state_dict_carries_the_pixel_format():
+    state = FCOS(3, "resnet18").state_dict()
+    assert state["pixel_mean"].shape == state["pixel_std"].shape == (3, 1, 1)
+    assert state["pixel_std"].flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
+
+
+def test_published_freezing():
+    model = FCOS(3, "resnet50")
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert all(n.startswith("backbone.") for n in frozen)
+    assert {"backbone.conv1.weight", "backbone.layer1.2.conv3.weight", "backbone.layer4.0.bn1.weight"} <= frozen
+    assert "backbone.layer2.0.conv1.weight" not in frozen
+    assert all(isinstance(m, FixedStatsBatchNorm2d) for m in model.modules() if type(m).__name__.startswith("Batch")
+               or isinstance(m, torch.nn.BatchNorm2d))
+
+
+# ---------------------------------------------------------------------------- decoding
+
+def test_score_is_class_score_times_centerness_and_the_threshold_sees_the_class_score_alone():
+    logits = torch.tensor([[0.0, -9.0], [-2.9, -9.0], [-3.0, -9.0]])  # sigmoid: 0.5, 0.0522, 0.0474
+    boxes = torch.tensor([[0., 0., 10., 10.], [20., 0., 30., 10.], [40., 0., 50., 10.]])
+    found = fcos_detections(logits, boxes, torch.tensor([0.0, -4.0, 4.0]), [3], 64, 64, 0.05, 0.6)
+    # 0.5 * sigmoid(0) = 0.25; 0.0522 * sigmoid(-4) = 0.0522 * 0.01799 = 0.00094, below the threshold and still there
+    assert found["scores"].tolist() == pytest.approx([0.25, 0.000938], abs=1e-5)
+    assert found["boxes"].tolist() == boxes[:2].tolist()
+
+
+def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
+    logits = torch.zeros(3, 1)
+    boxes = torch.tensor([[-5., -5., 20., 70.], [40., 10., 60., 20.], [5., 5., 5., 9.]])
+    found = fcos_detections(logits, boxes, torch.zeros(3), [3], 50, 30, 0.05, 0.6)
+    assert found["boxes"].tolist() == [[0, 0, 20, 50]]  # the second lies beyond x = 30
+
+
+def test_nothing_above_the_threshold_gives_empty_tensors():
+    found = fcos_detections(torch.full((4, 2), -9.0), torch.zeros(4, 4), torch.zeros(4), [3, 1], 8, 8, 0.05, 0.6)
+    assert found["boxes"].shape == (0, 4) and found["labels"].dtype == torch.int64 and len(found["scores"]) == 0
+
+
+def test_top_k_counts_point_class_pairs_per_level(monkeypatch):
+    monkeypatch.setattr(fcos, "PRE_NMS_TOP_K", 2)
+    logits = torch.tensor([[3.0, 2.0], [1.0, -9.0], [0.5, 0.4]])
+    boxes = torch.tensor([[0., 0., 4., 4.], [10., 0., 14., 4.], [20., 0., 24., 4.]])
+    found = fcos_detections(logits, boxes, torch.zeros(3), [2, 1], 64, 64, 0.05, 0.6)
+    # Level 1 keeps both classes of its first point; level 2 both classes of its only one.
+    assert found["labels"].tolist() == [0, 1, 0, 1] and found["boxes"][:, 0].tolist() == [0, 0, 20, 20]
+
+
+def test_decoding_inverts_the_targets():
+    boxes = torch.tensor([[10., 20., 50., 44.]])
+    points, strides, ranges = image_points([(8, 8)])
+    cls, ltrb, _ = fcos_targets(points, strides, ranges, boxes, torch.tensor([0]))
+    assert torch.equal(fcos_decode(points, ltrb)[cls == 0], boxes.expand((cls == 0).sum(), 4))
+
+
+# ---------------------------------------------------------------------------- static shapes, ranks
+
+class DynamicOperators(TorchDispatchMode):
+    """Collects operators whose output shape, or value on the host, depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        dynamic = any(tag in func.tags for tag in
+                      (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
+        if func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"):
+            dynamic = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if dynamic:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_the_training_step_has_no_data_dependent_shape(original):
+    model = small_model(original=original).train()
+    with DynamicOperators() as mode:
+        sum(model(*small_batch()).values()).backward()
+    assert mode.found == []
+    with DynamicOperators() as mode:  # the check itself sees what it is made for
+        torch.arange(4)[torch.arange(4) > 1].sum().item()
+    assert len(mode.found) >= 2
+
+
+def test_the_loss_step_compiles_without_graph_breaks():
+    model = small_model().train()
+    explanation = torch._dynamo.explain(model)(*small_batch())
+    assert explanation.graph_break_count == 0 and explanation.graph_count == 1
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for mine, theirs in zip(compiled(*small_batch()).values(), model(*small_batch()).values()):
+        torch.testing.assert_close(mine, theirs)
+
+
+def _rank(rank, world, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = torch.nn.parallel.DistributedDataParallel(small_model().train())
+    batch = [t[rank:rank + 1] for t in small_batch((3, 0))]  # rank 1 has no object
+    losses = model(*batch)
+    sum(losses.values()).backward()
+    if rank == 0:
+        torch.save({k: p.grad for k, p in model.module.named_parameters()}, results)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(_rank, (2, tmp_path / "store", tmp_path / "grads"), nprocs=2)
+    model = small_model().train()
+    sum(model(*small_batch((3, 0))).values()).backward()
+    theirs = torch.load(tmp_path / "grads")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(theirs[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
