@@ -1,8 +1,8 @@
 """ResNet / ResNeXt backbones, the feature pyramid, and readers for ImageNet weight files.
 
 ResNet: arXiv 1512.03385. ResNeXt: arXiv 1611.05431. FPN: arXiv 1612.03144.
-Parameters carry torchvision's names (`layer1.0.conv1.weight`), so its files load as they are. All images are RGB;
-files whose first convolution expects BGR have its input channels flipped here, once, and nowhere else.
+Parameters carry torchvision's names (`layer1.0.conv1.weight`), so its files load as they are. All images are
+RGB; files whose first convolution expects BGR have its input channels flipped here, once, and nowhere else.
 """
 import hashlib
 import pickle
@@ -25,8 +25,8 @@ ARCHITECTURES = {
     "resnext101_64x4d": ((3, 4, 23, 3), True, 64, 4),
 }
 
-# torchvision's IMAGENET1K_V1 files, the ones detection recipes start from. The name ends in the first 8 digits of
-# the file's SHA-256.
+# torchvision's IMAGENET1K_V1 files, the ones detection recipes start from. The name ends in the first 8
+# digits of the file's SHA-256.
 TORCHVISION_URL = "https://download.pytorch.org/models/"
 TORCHVISION_FILES = {
     "resnet18": "resnet18-f37072fd.pth",
@@ -38,8 +38,9 @@ TORCHVISION_FILES = {
     "resnext101_64x4d": "resnext101_64x4d-173b62eb.pth",
 }
 
-# Mean and std in RGB, on the 0..255 scale, that a kind of ImageNet weights was trained with. Detectron's files have
-# the std absorbed in conv1; detectron2 and mmdetection use them with either mean, so a detector may prefer the other.
+# Mean and std in RGB, on the 0..255 scale, that a kind of ImageNet weights was trained with. Detectron's
+# files have the std absorbed in conv1; detectron2 and mmdetection use them with either mean, so a detector
+# may prefer the other.
 TORCHVISION_PIXELS = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CAFFE_PIXELS = ((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0))
 BN_EPS = 1e-5  # of every batch norm here (torch default)
@@ -56,8 +57,8 @@ class FixedStatsBatchNorm2d(nn.BatchNorm2d):
     `requires_grad`: FCOS freezes them, FSAF trains them.
     """
 
-    def train(self, mode: bool = True):
-        return super().train(False)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 # ---------------------------------------------------------------------------------------------- ResNet
@@ -67,7 +68,8 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, stride: int, groups: int, group_width: int, caffe: bool, norm):
+    def __init__(self, in_channels: int, planes: int, stride: int, groups: int, group_width: int,
+                 caffe: bool, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
         self.bn1 = norm(planes)
@@ -86,7 +88,8 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, stride: int, groups: int, group_width: int, caffe: bool, norm):
+    def __init__(self, in_channels: int, planes: int, stride: int, groups: int, group_width: int,
+                 caffe: bool, norm):
         super().__init__()
         width, out_channels = planes * group_width // 64 * groups, planes * self.expansion
         stride1, stride2 = (stride, 1) if caffe else (1, stride)
@@ -114,12 +117,14 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, norm) -> nn.Sequ
 class ResNet(nn.Module):
     """Features of the four residual stages.
 
-    name: a key of ARCHITECTURES. caffe: stride 2 on the first 1x1 convolution of a stage (Detectron's R-50, R-101)
-    instead of the 3x3. norm: "frozen" (fixed statistics, fixed affine: FCOS), "affine" (fixed statistics, trained
-    affine: RetinaNet, FSAF) or "batch" (ordinary batch norm, for training from scratch). freeze_at: how many of
-    [stem, layer1, ..., layer4] do not train, as in detectron2; the published recipes freeze 2.
+    name: a key of ARCHITECTURES. caffe: stride 2 on the first 1x1 convolution of a stage (Detectron's R-50,
+    R-101) instead of the 3x3. norm: "frozen" (fixed statistics, fixed affine: FCOS), "affine" (fixed
+    statistics, trained affine: RetinaNet, FSAF) or "batch" (ordinary batch norm, for training from scratch).
+    freeze_at: how many of [stem, layer1, ..., layer4] do not train, as in detectron2; the published recipes
+    freeze 2.
 
-    forward: images (B, 3, H, W) normalised RGB -> [C2, C3, C4, C5], strides 4, 8, 16, 32, channels `out_channels`.
+    forward: images (B, 3, H, W) normalised RGB -> [C2, C3, C4, C5], strides 4, 8, 16, 32, channels
+    `out_channels`.
     """
 
     def __init__(self, name: str, caffe: bool = False, norm: str = "frozen", freeze_at: int = 2):
@@ -158,7 +163,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # A residual branch that starts at zero makes training from scratch stable (arXiv 1706.02677, Sec. 5.1).
+            # A residual branch that starts at zero makes training from scratch stable (1706.02677, Sec. 5.1).
             elif isinstance(module, (BasicBlock, Bottleneck)):
                 nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
 
@@ -174,14 +179,15 @@ class ResNet(nn.Module):
 # ---------------------------------------------------------------------------------------------- FPN
 
 class FPN(nn.Module):
-    """Feature pyramid P3..P7 from C3, C4, C5 (FPN Sec. 3; P6 and P7 as in RetinaNet, arXiv 1708.02002, Sec. 4).
+    """Feature pyramid P3..P7 from C3, C4, C5 (FPN Sec. 3; P6 and P7 as in RetinaNet, 1708.02002, Sec. 4).
 
-    in_channels: channels of C3, C4, C5. p6_from: "p5" (FCOS) or "c5" (RetinaNet, FSAF). relu_before_p7: FCOS and
-    the RetinaNet paper have it, mmdetection's RetinaNet and FSAF do not.
+    in_channels: channels of C3, C4, C5. p6_from: "p5" (FCOS) or "c5" (RetinaNet, FSAF). relu_before_p7: FCOS
+    and the RetinaNet paper have it, mmdetection's RetinaNet and FSAF do not.
     forward: [C3, C4, C5] -> [P3, P4, P5, P6, P7], strides 8..128, `channels` each.
     """
 
-    def __init__(self, in_channels: list[int], channels: int = 256, p6_from: str = "p5", relu_before_p7: bool = True):
+    def __init__(self, in_channels: list[int], channels: int = 256, p6_from: str = "p5",
+                 relu_before_p7: bool = True):
         super().__init__()
         self.p6_from, self.relu_before_p7 = p6_from, relu_before_p7
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
@@ -205,8 +211,9 @@ class FPN(nn.Module):
 def normalise_images(images: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(images - mean) / std, with zeros outside each image.
 
-    images: (B, 3, H, W) uint8 or float RGB, sizes: (B, 2) height, width px, mean, std: (3, 1, 1). Returns float32.
-    Published models were trained with images padded after normalising: padding is 0 here, not -mean / std.
+    images: (B, 3, H, W) uint8 or float RGB, sizes: (B, 2) height, width px, mean, std: (3, 1, 1).
+    Returns float32. Published models were trained with images padded after normalising: padding is 0 here,
+    not -mean / std.
     """
     rows = torch.arange(images.shape[-2], device=images.device)[None, :] < sizes[:, :1]
     columns = torch.arange(images.shape[-1], device=images.device)[None, :] < sizes[:, 1:]
@@ -219,9 +226,9 @@ def normalise_images(images: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -
 def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
     """Fill a backbone with ImageNet weights; the pixel mean and std they expect are returned.
 
-    path_or_name: a file, or a key of ARCHITECTURES for torchvision's file (downloaded once, checksum verified).
-    Files: torchvision `.pth`, Detectron / caffe2 `.pkl` (MSRA R-50, R-101, X-101-32x8d, X-101-64x4d, with fused or
-    unfused batch norm), detectron2 `.pkl`, mmdetection's caffe `.pth`.
+    path_or_name: a file, or a key of ARCHITECTURES for torchvision's file (downloaded once, checksum
+    verified). Files: torchvision `.pth`, Detectron / caffe2 `.pkl` (MSRA R-50, R-101, X-101-32x8d,
+    X-101-64x4d, with fused or unfused batch norm), detectron2 `.pkl`, mmdetection's caffe `.pth`.
     Returns ((r, g, b) mean, (r, g, b) std) on the 0..255 scale. Raises WeightsError.
     """
     if path_or_name in TORCHVISION_FILES:
@@ -234,26 +241,29 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
             raise WeightsError(f"weights file {path} does not exist; give a path or one of "
                                f"{', '.join(TORCHVISION_FILES)}")
     state = read_weight_file(path)
-    groups = ARCHITECTURES[backbone.name][2]
+    _, bottleneck, groups, _ = ARCHITECTURES[backbone.name]
     if any(key.endswith(("_w", "_bn_s", "_bn_beta")) for key in state):
         state, caffe, bgr = _rename_caffe2(state), groups == 1, True
         pixels = TORCHVISION_PIXELS if backbone.name == "resnext101_32x8d" else CAFFE_PIXELS
+    elif "stem.fc.weight" in state:  # detectron2's conversion of a torchvision file
+        state, caffe, bgr, pixels = _rename_detectron2(state), False, False, TORCHVISION_PIXELS
     elif "stem.conv1.weight" in state or "backbone.bottom_up.stem.conv1.weight" in state:
         state, caffe, bgr = _rename_detectron2(state), groups == 1, True
         pixels = TORCHVISION_PIXELS if backbone.name == "resnext101_32x8d" else CAFFE_PIXELS
     elif "conv1.weight" in state and "fc.weight" in state:
         caffe, bgr, pixels = False, False, TORCHVISION_PIXELS
     elif "conv1.weight" in state:  # mmdetection removed the classifier when it converted the caffe files
-        caffe = bgr = groups == 1
+        caffe = bgr = groups == 1 and bottleneck
         pixels = CAFFE_PIXELS if caffe else TORCHVISION_PIXELS
     else:
         raise WeightsError(f"{path}: not an ImageNet ResNet; it has keys like {sorted(state)[:3]}")
-    if caffe != backbone.caffe and ARCHITECTURES[backbone.name][1]:
-        raise WeightsError(f"{path}: these weights are {'caffe' if caffe else 'pytorch'} style (stride on the "
-                           f"{'first 1x1' if caffe else '3x3'} convolution): build the backbone with caffe={caffe} "
-                           f"(train.py: {'add' if caffe else 'drop'} --caffe)")
-    state = {key: value for key, value in state.items() if not key.startswith("fc.") and key != "conv1.bias"}
-    if bgr:
+    if caffe != backbone.caffe and bottleneck:
+        raise WeightsError(f"{path}: these weights are {'caffe' if caffe else 'pytorch'} style (stride on "
+                           f"the {'first 1x1' if caffe else '3x3'} convolution): build the backbone with "
+                           f"caffe={caffe} (train.py: {'add' if caffe else 'drop'} --caffe)")
+    state = {key: value for key, value in state.items()
+             if not key.startswith("fc.") and key != "conv1.bias"}
+    if bgr and "conv1.weight" in state:
         state["conv1.weight"] = state["conv1.weight"].flip(1)
     _load_matching(backbone, state, path)
     return pixels
@@ -262,8 +272,8 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
 def read_weight_file(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.pth` or Detectron `.pkl`, unwrapped from `state_dict` / `model` / `blobs`.
 
-    Nothing in the file is executed: `.pth` is read with weights_only, `.pkl` with an unpickler that admits numpy
-    arrays and builtins. Raises WeightsError naming the file.
+    Nothing in the file is executed: `.pth` is read with weights_only, `.pkl` with an unpickler that admits
+    numpy arrays and builtins. Raises WeightsError naming the file.
     """
     try:
         if str(path).endswith(".pkl"):
@@ -272,13 +282,16 @@ def read_weight_file(path: str | Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+        # The type comes first because some of these errors have no message (EOFError of an empty file).
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(f"{path}: cannot be read as weights ({reason})") from error
     for wrapper in ("state_dict", "model", "blobs"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    return {key: torch.as_tensor(value) for key, value in content.items() if isinstance(value, (Tensor, np.ndarray))}
+    return {key: torch.as_tensor(value) for key, value in content.items()
+            if isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "fiu"}
 
 
 class _NumpyUnpickler(pickle.Unpickler):
@@ -286,7 +299,8 @@ class _NumpyUnpickler(pickle.Unpickler):
 
     ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
                ("numpy._core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
-               ("numpy._core.multiarray", "scalar"), ("collections", "OrderedDict"), ("_codecs", "encode")}
+               ("numpy._core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer"),
+               ("numpy._core.numeric", "_frombuffer"), ("collections", "OrderedDict"), ("_codecs", "encode")}
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
@@ -302,13 +316,13 @@ def _download(file_name: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=file_name[-12:-4])
         except Exception as error:
-            raise WeightsError(f"cannot download {url} ({error}). Without internet: fetch that file elsewhere and put "
-                               f"it at {path}, or pass --weights FILE, or --weights none to start from scratch"
-                               ) from error
+            raise WeightsError(f"cannot download {url} ({error}). Without internet: fetch that file "
+                               f"elsewhere and put it at {path}, or pass --weights FILE, or --weights none "
+                               f"to start from scratch") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(file_name[-12:-4]):
-        raise WeightsError(f"{path}: damaged (SHA-256 starts with {digest[:8]}, not {file_name[-12:-4]}); delete it "
-                           f"and run again")
+        raise WeightsError(f"{path}: damaged (SHA-256 starts with {digest[:8]}, not {file_name[-12:-4]}); "
+                           f"delete it and run again")
     return path
 
 
@@ -366,6 +380,7 @@ def _load_matching(backbone: ResNet, state: dict[str, Tensor], path):
     wrong = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
              if key in state and state[key].shape != own[key].shape]
     if missing or extra or wrong:
-        raise WeightsError(f"{path}: does not fit {backbone.name}: {len(missing)} keys missing {missing[:3]}, "
-                           f"{len(extra)} unknown {extra[:3]}, {len(wrong)} of another shape {wrong[:3]}")
+        raise WeightsError(f"{path}: does not fit {backbone.name}: {len(missing)} keys missing "
+                           f"{missing[:3]}, {len(extra)} unknown {extra[:3]}, {len(wrong)} of another shape "
+                           f"{wrong[:3]}")
     backbone.load_state_dict(state, strict=False)

@@ -462,6 +462,7 @@ def main():
         results = read_results(args.detections)
         metrics = score(dataset, results)
         out = args.out or args.detections.parent
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "metrics.json", metrics)
         draw(dataset, results, out / "pictures", args.pictures)
         return

@@ -1,7 +1,8 @@
 """Box arithmetic, losses and non-maximum suppression shared by the detectors.
 
-Boxes are `(..., 4)` float (x1, y1, x2, y2) in pixels unless a name says otherwise; x2, y2 are the far edges, so
-a box is x2 - x1 wide (no "+1"). Everything here runs in float32, also under autocast: areas overflow float16.
+Boxes are `(..., 4)` float (x1, y1, x2, y2) in pixels unless a name says otherwise; x2, y2 are the far edges,
+so a box is x2 - x1 wide (no "+1"). Everything here runs in float32, also under autocast: areas overflow
+float16.
 """
 import math
 
@@ -10,18 +11,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-try:  # Only a fast path: a CPU build of torch cannot load the registry's torchvision, and an NPU has no kernels.
+try:  # Only a fast path: a CPU build of torch cannot load the registry's torchvision; an NPU has no kernels.
     import torchvision.ops as torchvision_ops
 except Exception:  # a torch / torchvision mismatch raises RuntimeError, not ImportError
     torchvision_ops = None
 
-NMS_BLOCK = 256  # boxes decided together by the plain NMS: large enough for few rounds, small enough for few IoUs
+NMS_BLOCK = 256  # boxes the plain NMS decides together: enough for few rounds, not too many for the IoUs
 
 
 # ---------------------------------------------------------------------------------------------- boxes
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Areas (...,) of boxes (..., 4). An inverted box gets whatever the product says."""
+    """Areas (...,) float32 of boxes (..., 4). An inverted box gets whatever the product says."""
+    boxes = boxes.float()
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
@@ -71,7 +73,7 @@ def _intersection_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Ten
 def iou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     """-ln(IoU) of matched boxes (UnitBox, arXiv 1608.01471), not reduced.
 
-    pred, target: (..., 4) in any one unit. Returns (...,) in [0, -ln(eps)]; disjoint boxes give the upper end.
+    pred, target: (..., 4) in any one unit. Returns (...,) in [0, -ln(eps)]: the upper end for disjoint boxes.
     """
     inter, union = _intersection_union(pred, target, eps)
     return -(inter / union).clamp(min=eps).log()
@@ -85,15 +87,15 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
     inter, union = _intersection_union(pred, target, eps)
     corner1 = torch.minimum(pred[..., :2], target[..., :2])
     corner2 = torch.maximum(pred[..., 2:], target[..., 2:])
-    enclosing = box_area(torch.cat((corner1, corner2), dim=-1).float()).clamp(min=eps)
+    enclosing = box_area(torch.cat((corner1, corner2), dim=-1)).clamp(min=eps)
     return 1 - (inter / union - (enclosing - union) / enclosing)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Average of a tensor over all ranks, without gradient; the tensor itself in a single process.
 
-    DDP averages gradients over ranks. A loss that is a sum divided by the *mean* count of all ranks therefore has
-    the gradient of one process that holds the joined batch. Every rank must call this equally often.
+    DDP averages gradients over ranks. A loss that is a sum divided by the *mean* count of all ranks therefore
+    has the gradient of one process that holds the joined batch. Every rank must call this equally often.
     """
     value = value.detach()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -105,10 +107,11 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- non-maximum suppression
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy non-maximum suppression: keep the best box, drop what overlaps it by more than the threshold, repeat.
+    """Greedy non-maximum suppression: keep the best box, drop what overlaps it too much, repeat.
 
-    boxes: (N, 4) px, scores: (N,); N may be 0. Returns the kept indices (M,) int64, best score first; equal scores
-    keep their input order. The result is that of `torchvision.ops.nms`, which is called where it has a kernel.
+    boxes: (N, 4) px, scores: (N,); N may be 0. "Too much" is an IoU above the threshold. Returns the kept
+    indices (M,) int64, best score first; equal scores keep their input order. The result is that of
+    `torchvision.ops.nms`, which is called where it has a kernel.
     """
     if _has_torchvision_kernel(boxes):
         return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)
@@ -118,7 +121,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
     """Class-wise `nms`: boxes suppress only boxes of their own class.
 
-    boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score first.
+    boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score
+    first.
     """
     if _has_torchvision_kernel(boxes):
         return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)
@@ -128,9 +132,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
 def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Tensor:
     """`nms` (and `batched_nms`, given labels) in plain torch: runs on every device.
 
-    The sorted boxes are decided block by block. A block first loses what the boxes kept so far suppress. Inside it
-    "keep a box unless a kept better box overlaps it" is repeated until nothing changes: after round k the first k
-    boxes are final, so the fixed point is the greedy answer, and it is reached in a few rounds.
+    The sorted boxes are decided block by block. A block first loses what the boxes kept so far suppress.
+    Inside it "keep a box unless a kept better box overlaps it" is repeated until nothing changes: after round
+    k the first k boxes are final, so the fixed point is the greedy answer, and it is reached in a few rounds.
     """
     order = scores.float().argsort(descending=True, stable=True)
     boxes, threshold = boxes.float()[order], _float32_below(iou_threshold)
@@ -158,7 +162,7 @@ def _has_torchvision_kernel(boxes: Tensor) -> bool:
 
 def _float32_below(value: float) -> float:
     # torchvision compares a float32 IoU with a double threshold; torch rounds the threshold to float32 first.
-    # With the largest float32 that is <= the threshold, ">" decides alike (an IoU of exactly 3/5 against 0.6).
+    # With the largest float32 that is <= the threshold, ">" decides alike (IoU of exactly 3/5 against 0.6).
     rounded = torch.tensor(value, dtype=torch.float32)
     if rounded.item() > value:
         rounded = torch.nextafter(rounded, torch.tensor(-math.inf))

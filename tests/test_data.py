@@ -1,0 +1,392 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (CROWD, PADDING, DataError, StepBatches, TrainSamples, collate, load_sample, open_dataset,
+                  read_image, resized_shape)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A small COCO tree with sparse category ids; write(change) applies change(content) to its json."""
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name, size in (("a.jpg", (40, 30)), ("b.jpg", (30, 40)), ("c.jpg", (64, 32))):
+        Image.new("RGB", size, "grey").save(tmp_path / "train2017" / name)
+
+    def write(change=lambda content: None, name="instances_train2017.json"):
+        content = {
+            "images": [{"id": 7, "file_name": "a.jpg", "width": 40, "height": 30},
+                       {"id": 3, "file_name": "b.jpg", "width": 30, "height": 40},
+                       {"id": 9, "file_name": "c.jpg", "width": 64, "height": 32}],
+            "annotations": [
+                {"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 10, 20], "area": 150, "iscrowd": 0},
+                {"id": 2, "image_id": 7, "category_id": 5, "bbox": [0, 0, 40, 30], "area": 1200, "iscrowd": 0},
+                {"id": 4, "image_id": 7, "category_id": 90, "bbox": [5, 5, 8, 8], "iscrowd": 1}],
+            "categories": [{"id": 5, "name": "cat"}, {"id": 90, "name": "dog"}]}
+        change(content)
+        (tmp_path / "annotations" / name).write_text(json.dumps(content))
+        return str(tmp_path)
+    return write
+
+
+# ---------------------------------------------------------------------------- COCO
+
+def test_coco_boxes_classes_and_ids(coco):
+    dataset = open_dataset(coco(), "train2017")
+    assert dataset.names == ["cat", "dog"] and dataset.category_ids == [5, 90]
+    assert dataset.image_ids.tolist() == [7, 3, 9]
+    boxes, labels = dataset.objects(0)
+    assert boxes.tolist() == [[0, 0, 40, 30], [5, 5, 13, 13]] and labels.tolist() == [0, CROWD]
+    assert dataset.objects(1)[0].tolist() == [[1, 2, 11, 22]] and dataset.objects(1)[1].tolist() == [1]
+    assert dataset.objects(2)[0].shape == (0, 4)
+    assert dataset.areas.tolist() == [1200, 64, 150]  # of the file; width x height where it has none
+    assert dataset.non_empty().tolist() == [0, 1]
+    assert "dog" in dataset.table() and "3 images (1 without boxes), 3 boxes (1 crowds" in dataset.table()
+
+
+BROKEN = {  # change of the json: what the message must name
+    "lacks bbox": (lambda c: c["annotations"][0].pop("bbox"), ["bbox", "'id': 1"]),
+    "unknown category": (lambda c: c["annotations"][0].update(category_id=4), ["annotation 1", "image 3", "category 4"]),
+    "no such image": (lambda c: c["annotations"][1].update(image_id=77), ["annotation 2", "image 77"]),
+    "duplicate annotation": (lambda c: c["annotations"][1].update(id=1), ["annotation id 1", "2 times"]),
+    "duplicate image": (lambda c: c["images"][1].update(id=7), ["image id 7", "2 times"]),
+    "duplicate category": (lambda c: c["categories"][1].update(id=5), ["category id 5"]),
+    "bbox of three": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ["annotation 1", "[1, 2, 3]"]),
+    "bbox of text": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), ["annotation 1", "['1', 2, 3, 4]"]),
+    "image of no size": (lambda c: c["images"][0].update(width=0), ["image 7", "width 0"]),
+    "no categories": (lambda c: c.update(categories=[]), ["0 categories"]),
+    "not COCO": (lambda c: c.pop("annotations"), ["not a COCO annotation file", "'annotations'"]),
+    "missing picture": (lambda c: c["images"][2].update(file_name="x.jpg"), ["x.jpg does not exist", "1 of 3"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_structural_errors_stop_and_name_the_culprit(coco, case):
+    change, words = BROKEN[case]
+    with pytest.raises(DataError) as error:
+        open_dataset(coco(change), "train2017")
+    for word in ["instances_train2017.json", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("bbox", "why"), [
+    ([5, 5, -3, 4], "no area"), ([5, 5, 0, 4], "no area"), ([float("nan"), 5, 3, 4], "not finite"),
+    ([5, 5, float("inf"), 4], "not finite"), ([50, 5, 3, 4], "outside its 40 x 30"), ([-9, 5, 9, 4], "outside")])
+def test_unusable_boxes_are_named_counted_and_left_out(coco, bbox, why):
+    dataset = open_dataset(coco(lambda c: c["annotations"][1].update(bbox=bbox)), "train2017")
+    assert len(dataset.boxes) == 2 and dataset.objects(0)[1].tolist() == [CROWD]
+    named, summary = dataset.notes
+    assert "instances_train2017.json: image 7, annotation 2" in named and str(bbox) in named and why in named
+    assert summary == "left out 1 unusable boxes of 3, in training and in scoring"
+
+
+def test_a_long_list_of_unusable_boxes_is_cut(coco):
+    def change(content):
+        content["annotations"] += [{"id": 100 + i, "image_id": 7, "category_id": 5, "bbox": [0, 0, 0, 0]}
+                                   for i in range(25)]
+    notes = open_dataset(coco(change), "train2017").notes
+    assert len(notes) == data.LISTED_PROBLEMS + 2
+    assert notes[-2] == "... and 15 more" and notes[-1].startswith("left out 25 unusable boxes of 28")
+
+
+def test_annotation_id_0_is_named(coco):
+    notes = open_dataset(coco(lambda c: c["annotations"][1].update(id=0)), "train2017").notes
+    assert len(notes) == 1 and "annotation id 0 (image 7)" in notes[0]
+
+
+def test_boxes_over_the_border_are_cut_and_tiny_ones_not_trained_on(coco):
+    def change(content):
+        content["annotations"][0]["bbox"] = [20, 2, 30, 20]
+        content["annotations"][1]["bbox"] = [3, 3, 0.5, 9]
+    dataset = open_dataset(coco(change), "train2017")
+    assert dataset.objects(1)[0].tolist() == [[20, 2, 30, 22]]
+    assert dataset.boxes[2].tolist() == [20, 2, 50, 22]  # scored as annotated
+    assert dataset.objects(0)[1].tolist() == [CROWD]
+    assert "reach over the border" in dataset.notes[0] and "under 1 px" in dataset.notes[1]
+
+
+def test_splits_are_joined(coco, tmp_path):
+    root = coco(lambda c: c.update(images=c["images"][:2]))
+    shutil.copytree(tmp_path / "train2017", tmp_path / "val2014")
+    coco(lambda c: c.update(images=c["images"][2:], annotations=[]), "instances_valminusminival2014.json")
+    dataset = open_dataset(root, "train2017+valminusminival2014")
+    assert dataset.image_ids.tolist() == [7, 3, 9]
+    assert dataset.paths[2].decode() == str(tmp_path / "val2014" / "c.jpg")
+    coco(lambda c: None, "instances_valminusminival2014.json")
+    with pytest.raises(DataError, match="image id 3 occurs 2 times"):
+        open_dataset(root, "train2017+valminusminival2014")
+
+
+def test_a_file_and_a_folder_named_directly(coco, tmp_path):
+    coco()
+    json_path = tmp_path / "annotations" / "instances_train2017.json"
+    dataset = open_dataset("anything", "any", str(json_path), str(tmp_path / "train2017"))
+    assert len(dataset) == 3 and dataset.image(0).size == (40, 30)
+    with pytest.raises(DataError, match="belong together"):
+        open_dataset("anything", "any", str(json_path))
+
+
+def test_classes_follow_the_model_by_name(coco):
+    root = coco()
+    dataset = open_dataset(root, "train2017", names=["dog", "cat"])
+    assert dataset.category_ids == [90, 5] and dataset.objects(1)[1].tolist() == [0]
+    with pytest.raises(DataError, match="only in the file .'cat'., only in the model .'cow'."):
+        open_dataset(root, "train2017", names=["dog", "cow"])
+
+
+def test_missing_places_are_named(coco, tmp_path):
+    root = coco()
+    for arguments, words in (((str(tmp_path / "no"), "x"), "no does not exist"),
+                             ((root, "val2017"), "instances_val2017.json does not exist"),
+                             ((str(tmp_path / "train2017"), "x"), "neither COCO layout .* nor VOC"),
+                             (("shapes", "test"), "splits train, val")):
+        with pytest.raises(DataError, match=words):
+            open_dataset(*arguments)
+    shutil.rmtree(tmp_path / "train2017")
+    with pytest.raises(DataError, match="train2017 does not exist: 3 of 3 images"):
+        open_dataset(root, "train2017")
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{")
+    with pytest.raises(DataError, match="instances_train2017.json: not JSON"):
+        open_dataset(root, "train2017")
+
+
+def test_real_coco(coco_mini):
+    dataset = open_dataset(str(coco_mini), "train2017")
+    assert len(dataset) == 111 and len(dataset.names) == 80 and dataset.names[0] == "person"
+    assert dataset.category_ids[-1] == 90 and dataset.crowd.sum() == 12 and len(dataset.non_empty()) <= 109
+    sample = load_sample(dataset, 0, 800, 1333)
+    assert min(sample["image"].shape[:2]) == 800 or max(sample["image"].shape[:2]) == 1333
+
+
+# ---------------------------------------------------------------------------- VOC
+
+VOC_FILE = """<annotation><size><width>{width}</width><height>30</height><depth>3</depth></size>{objects}</annotation>"""
+VOC_OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
+              "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>")
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A VOC tree of two pictures, 000001 with the objects given and 000002 with none."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / "VOC2007" / folder).mkdir(parents=True)
+
+    def write(*objects, width=40):
+        base = tmp_path / "VOC2007"
+        for name, rows in (("000001", objects), ("000002", ())):
+            text = VOC_FILE.format(width=width, objects="".join(VOC_OBJECT.format(*o) for o in rows))
+            (base / "Annotations" / f"{name}.xml").write_text(text)
+            Image.new("RGB", (40, 30), "grey").save(base / "JPEGImages" / f"{name}.jpg")
+        (base / "ImageSets" / "Main" / "trainval.txt").write_text("000001\n000002\n")
+        return str(tmp_path)
+    return write
+
+
+def test_voc_counts_pixels_from_one(voc):
+    dataset = open_dataset(voc(("dog", 0, 1, 1, 40, 30), ("cat", 1, 11, 6, 20, 15)), "2007_trainval")
+    assert dataset.names == list(data.VOC_CLASSES) and dataset.voc
+    assert dataset.boxes.tolist() == [[0, 0, 40, 30], [10, 5, 20, 15]]  # the first covers the 40 x 30 picture
+    assert dataset.objects(0)[1].tolist() == [data.VOC_CLASSES.index("dog")]
+    assert len(dataset.objects(0, use_difficult=True)[1]) == 2
+    assert dataset.image_ids.tolist() == ["000001", "000002"]
+
+
+def test_voc_own_classes_and_size_from_the_picture(voc):
+    dataset = open_dataset(voc(("zebra", 0, 2, 2, 9, 9), ("ant", 0, 2, 2, 9, 9), width=0), "2007_trainval")
+    assert dataset.names == ["ant", "zebra"] and dataset.sizes.tolist() == [[30, 40], [30, 40]]
+    with pytest.raises(DataError, match="000001.xml: unknown class 'zebra'"):
+        open_dataset(voc(("zebra", 0, 2, 2, 9, 9)), "2007_trainval", names=["ant"])
+
+
+def test_voc_mistakes_are_named(voc, tmp_path):
+    dataset = open_dataset(voc(("dog", 0, 9, 9, 9, 20), ("dog", 0, 9, 9, 5, 20), ("dog", 0, 2, 2, 9, 9)),
+                           "2007_trainval")
+    assert len(dataset.boxes) == 1 and "000001.xml: object 1 (dog), bndbox [9.0, 9.0, 9.0, 20.0]" in dataset.notes[0]
+    with pytest.raises(DataError, match="YEAR_SPLIT"):
+        open_dataset(str(tmp_path), "trainval")
+    base = tmp_path / "VOC2007"
+    (base / "Annotations" / "000001.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
+    with pytest.raises(DataError, match="000001.xml: not a VOC annotation"):
+        open_dataset(str(tmp_path), "2007_trainval")
+    (base / "Annotations" / "000001.xml").write_text("<annotation>")
+    with pytest.raises(DataError, match="000001.xml: not XML"):
+        open_dataset(str(tmp_path), "2007_trainval")
+    (base / "Annotations" / "000001.xml").unlink()
+    with pytest.raises(DataError, match="000001.xml does not exist"):
+        open_dataset(str(tmp_path), "2007_trainval")
+
+
+def test_real_voc_with_its_two_broken_rows(bccd):
+    dataset = open_dataset(str(bccd), "2007_trainval")
+    assert dataset.names == ["Platelets", "RBC", "WBC"] and len(dataset) == 292
+    assert dataset.notes[-1] == "left out 2 unusable boxes of 3943, in training and in scoring"
+
+
+# ---------------------------------------------------------------------------- pictures
+
+def test_every_mode_becomes_rgb(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for name, image in {
+            "grey": Image.fromarray((ramp / 257).astype(np.uint8)), "sixteen": Image.fromarray(ramp.astype(np.uint16)),
+            "float": Image.fromarray((ramp / 257).astype(np.float32)), "cmyk": Image.new("CMYK", (8, 8)),
+            "alpha": Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "bit": Image.new("1", (8, 8), 1),
+            "palette": Image.new("RGB", (8, 8), "red").quantize(), "la": Image.new("LA", (8, 8))}.items():
+        path = tmp_path / f"{name}.tiff"
+        image.save(path)
+        read = read_image(str(path))
+        assert read.mode == "RGB" and read.size == (8, 8)
+        if name in ("grey", "sixteen", "float"):  # 16 bits are scaled down, not cut off at 255
+            np.testing.assert_allclose(np.asarray(read)[..., 0], ramp / 257, atol=1)
+
+
+def test_exif_orientation_is_applied_and_compared_with_the_annotation(coco, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (40, 30), "grey").save(tmp_path / "train2017" / "b.jpg", exif=exif)
+    dataset = open_dataset(coco(), "train2017")
+    assert dataset.image(1).size == (30, 40)
+    Image.new("RGB", (30, 40), "grey").save(tmp_path / "train2017" / "b.jpg", exif=exif)
+    with pytest.raises(DataError, match="b.jpg: the picture is 40 x 30 .* says 30 x 40"):
+        dataset.image(1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", "truncated"])
+def test_broken_pictures_are_named(coco, tmp_path, content):
+    path = tmp_path / "train2017" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:300] if content == "truncated" else content)
+    with pytest.raises(DataError, match="a.jpg: cannot be read as a picture"):
+        open_dataset(coco(), "train2017").image(0)
+
+
+def test_resizing():
+    assert resized_shape(480, 640, 800, 1333) == (800, 1067)  # 640 * 800 / 480 = 1066.67
+    assert resized_shape(300, 900, 800, 1333) == (444, 1333)  # the long side limits: 300 * 1333 / 900 = 444.3
+    assert resized_shape(1, 4000, 800, 1333) == (1, 1333)
+
+
+def test_flip_and_resize_move_boxes_with_the_picture(coco, tmp_path):
+    picture = Image.new("RGB", (30, 40))
+    picture.paste("white", (1, 2, 11, 22))
+    picture.save(tmp_path / "train2017" / "b.png")
+    dataset = open_dataset(coco(lambda c: c["images"][1].update(file_name="b.png")), "train2017")
+    for flip in (False, True):
+        sample = load_sample(dataset, 1, 60, 1000, flip)
+        assert sample["image"].shape == (80, 60, 3)
+        x1, y1, x2, y2 = sample["boxes"][0].astype(int)
+        assert (x1, x2) == ((38, 58) if flip else (2, 22)) and (y1, y2) == (4, 44)
+        inside = np.zeros((80, 60), bool)
+        inside[y1:y2, x1:x2] = True
+        assert sample["image"][inside].mean() > 230 and sample["image"][~inside].mean() < 10
+
+
+def test_batches_are_padded_at_the_right_and_bottom(coco):
+    dataset = open_dataset(coco(), "train2017")
+    batch = collate([load_sample(dataset, i, 30, 60) for i in (0, 1, 2)])
+    # 40 x 30 stays, 30 x 40 stays, 64 x 32 becomes 60 x 30: the largest, 40 high and 60 wide, rounded up to 32
+    assert batch["images"].shape == (3, 3, 64, 64) and batch["images"].dtype == torch.uint8
+    assert batch["sizes"].tolist() == [[30, 40], [40, 30], [30, 60]]
+    assert batch["gt_boxes"].shape == (3, 2, 4) and batch["gt_boxes"].dtype == torch.float32
+    assert batch["gt_labels"].tolist() == [[0, CROWD], [1, PADDING], [PADDING, PADDING]]
+    assert batch["images"][0, :, 30:].sum() == 0 and batch["images"][0, :, :30, :40].min() > 100
+    assert batch["image_ids"] == [7, 3, 9]
+    assert collate([load_sample(dataset, 2, 30, 60)])["gt_labels"].tolist() == [[PADDING]]
+    assert collate([load_sample(dataset, 2, 30, 60)], divisor=1)["images"].shape == (1, 3, 30, 60)
+    assert collate([load_sample(dataset, 2, 30, 60)], pad_to=(96, 128))["images"].shape == (1, 3, 96, 128)
+    with pytest.raises(DataError, match="does not fit --pad-to"):
+        collate([load_sample(dataset, 2, 30, 60)], pad_to=(96, 32))
+
+
+# ---------------------------------------------------------------------------- batches
+
+def steps(dataset, **kwargs):
+    return list(StepBatches(dataset, np.arange(len(dataset)), **kwargs))
+
+
+def test_ranks_and_micro_batches_share_out_the_same_images():
+    dataset = open_dataset("shapes", "val")
+    whole = steps(dataset, batch_size=8, start=0, stop=40)
+    for world, accumulate in ((2, 1), (4, 1), (2, 2), (1, 4)):
+        parts = [steps(dataset, batch_size=8, rank=r, world=world, accumulate=accumulate, start=0, stop=40)
+                 for r in range(world)]
+        for step in range(40):
+            seen = sum((part[step * accumulate + k] for part in parts for k in range(accumulate)), [])
+            assert seen == whole[step]
+
+
+def test_an_epoch_shows_every_image_and_each_step_one_aspect_ratio_group():
+    dataset = open_dataset("shapes", "val")
+    batches = StepBatches(dataset, np.arange(200), 8, seed=3)
+    epoch = batches.epoch(0)
+    assert len(epoch) == batches.steps_per_epoch and set(epoch.flatten()) == set(range(200))
+    wide = dataset.sizes[:, 1] >= dataset.sizes[:, 0]
+    assert all(len(set(wide[step])) == 1 for step in epoch) and 0 < wide.sum() < 200
+    assert not np.array_equal(epoch, batches.epoch(1)) and np.array_equal(epoch, batches.epoch(0))
+
+
+def test_a_restart_continues_the_stream():
+    dataset = open_dataset("shapes", "val")
+    assert steps(dataset, batch_size=16, start=0, stop=30)[17:] == steps(dataset, batch_size=16, start=17, stop=30)
+
+
+def test_a_set_smaller_than_the_batch_is_repeated(coco):
+    dataset = open_dataset(coco(), "train2017")
+    assert sorted(i for _, i in steps(dataset, batch_size=4, start=0, stop=2)[0]) in ([0, 0, 2, 2], [1, 1, 1, 1])
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    dataset = open_dataset("shapes", "val")
+    samples = TrainSamples(dataset, [64, 96, 128], 256, seed=5)
+    shapes, flips = set(), set()
+    for epoch in range(12):
+        a, b = samples[(epoch, 3)], samples[(epoch, 3)]
+        assert np.array_equal(a["image"], b["image"])
+        shapes.add(min(a["image"].shape[:2]))
+        flips.add(round(float(a["boxes"][0, 0] / a["image"].shape[1]), 2))
+    assert shapes == {64, 96, 128} and len(flips) == 2
+
+
+# ---------------------------------------------------------------------------- shapes
+
+def test_shapes_are_what_they_promise():
+    dataset = open_dataset("shapes", "train")
+    assert len(dataset.names) >= 8 and dataset.names[-2:] == ["arrow", "heart"]
+    sides = (dataset.boxes[:, 2:] - dataset.boxes[:, :2]).max(axis=1)
+    assert sides.min() < 13 and sides.max() > 90 and sides.max() / sides.min() > 7
+    assert 0.03 < (np.diff(dataset.first) == 0).mean() < 0.07
+    assert np.diff(dataset.first).max() >= 5 and len(np.unique(dataset.classes)) == 8
+    assert (dataset.boxes >= 0).all()
+    image_of_box = np.repeat(np.arange(len(dataset)), np.diff(dataset.first))
+    assert (dataset.boxes[:, 2:] <= dataset.sizes[image_of_box][:, ::-1]).all()
+
+
+def test_shapes_do_not_change_between_reads_and_differ_between_splits():
+    train, val, again = (open_dataset("shapes", s) for s in ("train", "val", "val"))
+    assert np.array_equal(np.asarray(val.image(5)), np.asarray(again.image(5)))
+    assert np.array_equal(val.boxes, again.boxes)
+    assert not any(np.array_equal(train.objects(i)[0], val.objects(i)[0]) for i in range(50) if len(val.objects(i)[0]))
+    # One number that changes with the drawing code: published AP values belong to these pictures.
+    assert int(np.asarray(val.image(0), np.int64).sum()) == 5829278
+
+
+def test_the_box_of_a_shape_is_its_outline():
+    dataset = open_dataset("shapes", "val")
+    (height, width), objects = dataset._scene(4)
+    mask = np.asarray(data._silhouette(objects[-1][1], False, height, width))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    drawn = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    assert np.abs(drawn - dataset.boxes[dataset.first[5] - 1]).max() < 1.5
+
+
+def test_a_dataset_holds_arrays_not_python_objects(coco):
+    # Forked workers copy every Python object they touch; arrays stay shared.
+    dataset = open_dataset(coco(), "train2017")
+    for name in ("image_ids", "paths", "sizes", "boxes", "classes", "areas", "crowd", "difficult", "first"):
+        assert isinstance(getattr(dataset, name), np.ndarray) and getattr(dataset, name).dtype != object
+    assert len(pickle.dumps(dataset)) < 4000

@@ -1,0 +1,295 @@
+"""Boxes, losses and NMS against hand-made sums, slow Python loops and torchvision."""
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+EMPTY = torch.zeros(0, 4)
+LN2 = math.log(2)
+
+
+def make_boxes(count, seed, side=200.0):
+    """Boxes (count, 4) with positive area."""
+    generator = torch.Generator().manual_seed(seed)
+    corner, size = torch.rand(2, count, 2, generator=generator) * side
+    return torch.cat((corner, corner + size + 1), dim=1)
+
+
+def make_crowd(count, seed):
+    """Clustered integer boxes, some without area, with tied scores and three labels.
+
+    Integers keep every IoU, and the class offset that torchvision's batched_nms adds, free of rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    centres = draw(300, count // 10 + 1, 2)
+    corner = centres[draw(len(centres), count)] + draw(8, count, 2)
+    boxes = torch.cat((corner, corner + draw(25, count, 2)), dim=1).float()
+    return boxes, draw(30, count) / 30, draw(3, count)
+
+
+def slow_iou(a, b):
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / union if union else math.nan
+
+
+def slow_nms(boxes, scores, threshold, labels):
+    boxes, scores, labels, kept = boxes.tolist(), scores.tolist(), labels.tolist(), []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        if not any(labels[i] == labels[j] and slow_iou(boxes[i], boxes[j]) > threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------- boxes
+
+def test_box_area_of_any_leading_shape():
+    boxes = torch.tensor([[[1., 2., 4., 6.], [5., 5., 5., 9.]]])  # 3 * 4; 0 * 4
+    assert ops.box_area(boxes).tolist() == [[12.0, 0.0]]
+    assert ops.box_area(EMPTY).shape == (0,)
+
+
+def test_pairwise_iou_by_hand():
+    boxes1 = torch.tensor([[0., 0., 4., 2.]])
+    boxes2 = torch.tensor([[0., 0., 4., 2.],   # itself
+                           [2., 1., 6., 3.],   # 2*1 / (8 + 8 - 2) = 1/7
+                           [4., 0., 6., 2.],   # touches
+                           [5., 5., 6., 6.],   # apart on both axes
+                           [1., 0., 2., 2.]])  # inside: 2 / 8
+    torch.testing.assert_close(ops.pairwise_iou(boxes1, boxes2), torch.tensor([[1, 1 / 7, 0, 0, 0.25]]))
+
+
+def test_two_boxes_without_area_have_no_iou():
+    point = torch.tensor([[3., 3., 3., 3.]])
+    assert ops.pairwise_iou(point, point).isnan().all()
+
+
+@pytest.mark.parametrize("count1, count2", [(40, 30), (0, 30), (40, 0), (0, 0)])
+def test_pairwise_iou_equals_slow_loop_and_torchvision(count1, count2):
+    boxes1, boxes2 = make_boxes(count1, seed=1), make_boxes(count2, seed=2)
+    iou = ops.pairwise_iou(boxes1, boxes2)
+    slow = [[slow_iou(a, b) for b in boxes2.tolist()] for a in boxes1.tolist()]
+    torch.testing.assert_close(iou, torch.tensor(slow).reshape(count1, count2))
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    torch.testing.assert_close(iou, torchvision_ops.box_iou(boxes1, boxes2))
+
+
+def test_clip_boxes_by_hand():
+    boxes = torch.tensor([[-5., -1., 50., 20.], [3., 4., 5., 6.], [40., 90., 45., 95.]])
+    clipped = [[0., 0., 30., 10.], [3., 4., 5., 6.], [30., 10., 30., 10.]]
+    assert ops.clip_boxes(boxes, 10, 30).tolist() == clipped
+    assert ops.clip_boxes(boxes[None], torch.tensor(10), torch.tensor(30)).tolist() == [clipped]
+
+
+@pytest.mark.parametrize("count", [0, 50])
+def test_clip_boxes_equals_torchvision(count):
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    boxes = make_boxes(count, seed=3) - 60
+    assert torch.equal(ops.clip_boxes(boxes, 70, 90), torchvision_ops.clip_boxes_to_image(boxes, (70, 90)))
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def test_focal_loss_by_hand():
+    logits = torch.tensor([0., 0., math.log(3)])  # p = 1/2, 1/2, 3/4
+    targets = torch.tensor([1., 0., 1.])
+    expected = torch.tensor([0.25 * 0.5 ** 2 * LN2,
+                             0.75 * 0.5 ** 2 * LN2,
+                             0.25 * 0.25 ** 2 * math.log(4 / 3)])
+    torch.testing.assert_close(ops.sigmoid_focal_loss(logits, targets), expected)
+
+
+@pytest.mark.parametrize("shape", [(60, 7), (0, 7)])
+@pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.5, 1.5)])
+def test_focal_loss_and_gradient_equal_torchvision(shape, alpha, gamma):
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(shape, generator=generator) * 4).requires_grad_()
+    targets = (torch.rand(shape, generator=generator) < 0.3).float()
+    losses = [focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+              for focal_loss in (ops.sigmoid_focal_loss, torchvision_ops.sigmoid_focal_loss)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), logits) for loss in losses))
+
+
+def test_focal_loss_of_extreme_logits_is_finite():
+    logits = torch.tensor([-1e4, -100., 100., 1e4]).repeat(2).requires_grad_()
+    loss = ops.sigmoid_focal_loss(logits, torch.tensor([0., 1.]).repeat_interleave(4))
+    loss.sum().backward()
+    assert loss.isfinite().all() and logits.grad.isfinite().all()
+
+
+MATCHED = torch.tensor([[0., 0., 3., 1.]] * 4)
+OTHERS = torch.tensor([[0., 0., 3., 1.],    # the same box
+                       [1., 0., 4., 1.],    # IoU 2 / (3 + 3 - 2), nothing else in the hull
+                       [3., 0., 6., 1.],    # touches: IoU 0, nothing else in the hull
+                       [9., 0., 12., 1.]])  # IoU 0; hull 12, union 6: GIoU = 0 - 6/12
+
+
+def test_iou_loss_by_hand():
+    expected = torch.tensor([0, LN2, -math.log(1e-6), -math.log(1e-6)])
+    torch.testing.assert_close(ops.iou_loss(OTHERS, MATCHED), expected)
+
+
+def test_giou_loss_by_hand():
+    assert ops.giou_loss(OTHERS, MATCHED).tolist() == [0.0, 0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_iou_loss_equals_slow_loop(count):
+    pred, target = make_boxes(count, seed=4), make_boxes(count, seed=5)
+    slow = [-math.log(max(slow_iou(a, b), 1e-6)) for a, b in zip(pred.tolist(), target.tolist())]
+    torch.testing.assert_close(ops.iou_loss(pred, target), torch.tensor(slow))
+
+
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_giou_loss_and_gradient_equal_torchvision(count):
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    pred, target = make_boxes(count, seed=6).requires_grad_(), make_boxes(count, seed=7)
+    losses = ops.giou_loss(pred, target), torchvision_ops.generalized_box_iou_loss(pred, target)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), pred) for loss in losses))
+
+
+@pytest.mark.parametrize("loss", [ops.iou_loss, ops.giou_loss])
+def test_gradients_of_equal_disjoint_and_areless_boxes_are_finite(loss):
+    point = torch.tensor([[2., 2., 2., 2.]])
+    pred = torch.cat((OTHERS, point)).requires_grad_()
+    values = loss(pred, torch.cat((MATCHED, point)))
+    values.sum().backward()
+    assert values.isfinite().all() and pred.grad.isfinite().all()
+
+
+def test_giou_moves_a_disjoint_box_although_its_iou_is_zero():
+    pred = OTHERS[3:].clone().requires_grad_()
+    ops.giou_loss(pred, MATCHED[3:]).sum().backward()
+    # The loss is 2 - union / hull; union = 3 + x2 - x1 = 6, hull = x2 = 12. By x1: 1/12, by x2: 6/144 - 1/12.
+    torch.testing.assert_close(pred.grad[0, 0::2], torch.tensor([1 / 12, -1 / 24]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_areas_of_4000_px_boxes_do_not_overflow_half_precision(dtype):
+    whole = torch.tensor([[0., 0., 4000., 4000.]], dtype=dtype)
+    half = torch.tensor([[0., 0., 4000., 2000.]], dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        results = [ops.box_area(whole), ops.pairwise_iou(whole, half), ops.iou_loss(half, whole),
+                   ops.giou_loss(half, whole)]
+    assert all(result.dtype == torch.float32 for result in results)
+    torch.testing.assert_close(torch.cat([result.flatten() for result in results]),
+                               torch.tensor([16e6, 0.5, LN2, 0.5]))
+    boxes, scores = torch.cat((whole, half)), torch.tensor([0.5, 0.75], dtype=dtype)
+    for keep in (ops.nms(boxes, scores, 0.4), ops.nms_plain(boxes, scores, 0.4)):
+        assert keep.tolist() == [1]
+
+
+# ------------------------------------------------------------------------- non-maximum suppression
+
+def test_a_suppressed_box_suppresses_nothing():
+    # IoU of neighbours 6 / 14, of the next but one 2 / 18: each box is dropped by a kept neighbour or kept.
+    # The chain is longer than two blocks of the plain form.
+    left = torch.arange(2 * ops.NMS_BLOCK + 88.) * 4
+    boxes = torch.stack((left, left * 0, left + 10, left * 0 + 10), dim=1)
+    scores = torch.linspace(1, 0, len(left))
+    every_other = list(range(0, len(left), 2))
+    assert ops.nms_plain(boxes, scores, 0.3).tolist() == every_other
+    assert ops.nms(boxes, scores, 0.3).tolist() == every_other
+
+
+@pytest.mark.parametrize("shift, threshold, kept", [
+    (1, 0.5, [0, 1]),    # IoU 2 / 4 is not above 0.5
+    (1, 0.4999, [0]),
+    (0.75, 0.6, [0])])   # IoU 2.25 / 3.75 = 3/5, and float32(3/5) is above the double 0.6, as in torchvision
+def test_iou_exactly_at_the_threshold(shift, threshold, kept):
+    boxes = torch.tensor([[0., 0., 3., 1.], [shift, 0., 3 + shift, 1.]])
+    scores = torch.tensor([0.9, 0.8])
+    assert ops.nms_plain(boxes, scores, threshold).tolist() == kept
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    assert torchvision_ops.nms(boxes, scores, threshold).tolist() == kept
+
+
+def test_boxes_of_other_classes_and_boxes_without_area_survive():
+    boxes = torch.tensor([[0., 0., 8., 8.]] * 3 + [[2., 2., 2., 6.]] * 2)
+    scores, labels = torch.tensor([0.7, 0.9, 0.8, 0.6, 0.6]), torch.tensor([0, 0, 5, 0, 0])
+    assert ops.nms_plain(boxes, scores, 0.5, labels).tolist() == [1, 2, 3, 4]  # ties in input order
+    assert ops.nms_plain(boxes, scores, 0.5).tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_plain_nms_equals_slow_loop(count):
+    for seed in range(10):
+        boxes, scores, labels = make_crowd(count, seed)
+        kept = ops.nms_plain(boxes, scores, 0.5, labels)
+        assert kept.dtype == torch.int64 and kept.tolist() == slow_nms(boxes, scores, 0.5, labels)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50, 1000])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6])
+def test_plain_nms_equals_torchvision(count, threshold):
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    for seed in range(10):
+        boxes, scores, labels = make_crowd(count, seed)
+        assert torch.equal(ops.nms_plain(boxes, scores, threshold),
+                           torchvision_ops.nms(boxes, scores, threshold))
+        assert torch.equal(ops.nms_plain(boxes, scores, threshold, labels),
+                           torchvision_ops.batched_nms(boxes, scores, labels, threshold))
+
+
+def test_plain_nms_equals_torchvision_on_fractional_boxes():
+    torchvision_ops = pytest.importorskip("torchvision.ops")
+    for seed in range(10):
+        boxes, scores = make_boxes(1000, seed), make_boxes(1000, seed + 10)[:, 0]
+        assert torch.equal(ops.nms_plain(boxes, scores, 0.6), torchvision_ops.nms(boxes, scores, 0.6))
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_nms_is_the_same_without_torchvision(count, monkeypatch):
+    pytest.importorskip("torchvision.ops")
+    boxes, scores, labels = make_crowd(count, seed=11)
+
+    def run():
+        return ops.nms(boxes, scores, 0.6), ops.batched_nms(boxes, scores, labels, 0.6)
+
+    fast = run()
+    monkeypatch.setattr(ops, "torchvision_ops", None)
+    for with_torchvision, without in zip(fast, run()):
+        assert torch.equal(with_torchvision, without)
+
+
+def test_ops_works_where_torchvision_is_absent_or_broken(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("raise RuntimeError('made for another torch')")
+    program = """
+import sys, torch
+boxes = torch.tensor([[0., 0., 4., 4.], [0., 0., 4., 3.], [8., 8., 9., 9.]])
+scores = torch.tensor([0.5, 0.6, 0.7])
+def show():
+    import ops
+    print(ops.torchvision_ops, ops.nms(boxes, scores, 0.5).tolist(),
+          ops.batched_nms(boxes, scores, torch.tensor([0, 1, 0]), 0.5).tolist())
+sys.modules["torchvision"] = None  # absent
+show()
+del sys.modules["torchvision"], sys.modules["ops"]  # broken: the folder on PYTHONPATH
+show()
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path},
+                          capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["None [2, 1] [2, 1, 0]"] * 2, done.stderr
+
+
+def test_mean_over_one_rank_is_the_value_without_gradient():
+    value = torch.tensor([3., 5.], requires_grad=True)
+    mean = ops.mean_over_ranks(value * 2)
+    assert mean.tolist() == [6.0, 10.0] and not mean.requires_grad

@@ -1,0 +1,217 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from fcos import FCOS
+from train import learning_rate, load_init, parameter_groups, parse_args, save_checkpoint
+
+ROOT = Path(train.__file__).parent
+TINY = ("train.py", "--device", "cpu", "--batch-size", 4, "--workers", 1, "--log-every", 1, "--out", "out")
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder, name="last.pth"):
+    return torch.load(folder / "out" / name, weights_only=True)
+
+
+# ---------------------------------------------------------------------------- schedule and groups
+
+def test_learning_rate_by_hand():
+    rate = dict(base_lr=0.01, drops=[60, 80], warmup_steps=10)
+    # Linear from a third: step 5 is halfway, (1/3 + 1) / 2 = 2/3.
+    assert learning_rate(0, **rate, constant_warmup=False) == pytest.approx(0.01 / 3)
+    assert learning_rate(5, **rate, constant_warmup=False) == pytest.approx(0.01 * 2 / 3)
+    assert learning_rate(9, **rate, constant_warmup=True) == pytest.approx(0.01 / 3)
+    for step, expected in ((10, 0.01), (59, 0.01), (60, 0.001), (79, 0.001), (80, 0.0001)):
+        assert learning_rate(step, **rate, constant_warmup=True) == pytest.approx(expected)
+
+
+def test_convolution_biases_learn_twice_as_fast_and_do_not_decay():
+    model = FCOS(3, "resnet18", fpn_channels=32)
+    plain, biases = parameter_groups(model, 1e-4)
+    names = {id(p): n for n, p in model.named_parameters()}
+    of = [{names[id(p)] for p in group["params"]} for group in (plain, biases)]
+    assert (plain["lr_factor"], plain["weight_decay"], biases["lr_factor"], biases["weight_decay"]) == (1, 1e-4, 2, 0)
+    assert {"head.cls_logits.bias", "fpn.p6.bias", "head.cls_tower.0.bias"} <= of[1]
+    assert {"head.cls_tower.1.bias", "head.cls_tower.1.weight", "head.scales.0", "fpn.p6.weight"} <= of[0]
+    assert of[0] | of[1] == {n for n, p in model.named_parameters() if p.requires_grad} and not of[0] & of[1]
+
+
+def test_defaults_depend_on_the_data():
+    shapes, coco, scratch = parse_args([]), parse_args(["--data", "coco"]), parse_args(["--data", "c", "--weights", "none"])
+    assert (shapes.backbone, shapes.min_size, shapes.norm, shapes.freeze_at) == ("resnet18", [128], "batch", 0)
+    assert (coco.backbone, coco.weights, coco.min_size, coco.max_size) == ("resnet50", "resnet50", [800], 1333)
+    assert (coco.norm, coco.freeze_at, coco.lr, coco.epochs) == ("frozen", 2, 0.01, None)
+    assert (scratch.norm, scratch.freeze_at) == ("batch", 0)  # random weights must not be frozen
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--batch-size", "-2"], "--batch-size must be positive"), (["--lr", "0"], "--lr must be positive"),
+    (["--backbone", "vgg"], "invalid choice: 'vgg'"), (["--epochs", "1", "--max-steps", "5"], "not both"),
+    (["--fpn-channels", "40"], "multiple of 32"), (["--freeze-at", "9"], "0..5"),
+    (["--loss-scale", "big"], "'dynamic' or a positive number"), (["--min-size", "0"], "--min-size must be positive")])
+def test_wrong_arguments_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(words)
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- the command
+
+def test_a_short_run_leaves_its_files(script, tmp_path):
+    code, out, err = script(*TINY, "--max-steps", 3, "--pictures", 2)
+    assert code == 0, err
+    folder = tmp_path / "out"
+    assert {p.name for p in folder.iterdir()} == {"last.pth", "log.jsonl", "detections.json", "metrics.json", "pictures"}
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [1, 2, 3]
+    assert {"loss", "cls", "box", "centerness", "lr", "data_s", "step_s", "images_per_s", "memory_gb", "eta_s",
+            "epoch"} <= set(log[0])
+    assert log[0]["loss"] == pytest.approx(log[0]["cls"] + log[0]["box"] + log[0]["centerness"], rel=1e-6)
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(json.loads((folder / "metrics.json").read_text()))
+    for words in ("torch " + torch.__version__, "heart", "lr 0.005 = 0.02 x 4/16", "images/s", "ETA", "commit",
+                  "have no object to learn"):
+        assert words in out
+
+
+def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path):
+    assert script(*TINY, "--max-steps", 6, "--no-eval", "--save-every", 3, "--keep")[0] == 0
+    whole, whole_rows = weights(tmp_path), rows(tmp_path)
+    (tmp_path / "out" / "last.pth").unlink()
+    code, out, err = script(*TINY, "--max-steps", 6, "--no-eval", "--resume", "out/step_3.pth")
+    assert code == 0 and "resumed out/step_3.pth at step 3" in out, err
+    again, again_rows = weights(tmp_path), rows(tmp_path)[6:]
+    assert all(torch.equal(value, again["model"][key]) for key, value in whole["model"].items())
+    for a, b in zip(whole_rows[3:], again_rows, strict=True):
+        assert all(a[key] == b[key] for key in ("step", "loss", "cls", "box", "centerness", "lr"))
+
+
+def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path):
+    run = subprocess.Popen([sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500", "--no-eval"],
+                           cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    while not run.stdout.readline().startswith("step 2/"):
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    rest = run.communicate(timeout=120)[0]
+    assert run.returncode == 0 and "interrupted: saved out/last.pth" in rest
+    step = weights(tmp_path)["step"]
+    assert 2 < step < 100 and rows(tmp_path)[-1]["step"] == step
+    code, out, err = script(*TINY, "--max-steps", step + 1, "--no-eval", "--resume")
+    assert code == 0 and f"resumed out/last.pth at step {step}" in out and "resume changes max_steps" in out, err
+
+
+def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path):
+    # Frozen batch norm as in the published recipes: batch statistics would depend on the images per device.
+    command = (*TINY, "--norm", "affine", "--max-steps", 4, "--no-eval")
+    losses = []
+    for ranks in (1, 2):
+        code, _, err = script(*command, ranks=ranks)
+        assert code == 0, err
+        losses.append([row["loss"] for row in rows(tmp_path)[-4:]])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
+    code, out, err = script(*command, "--micro-batch", 2)
+    assert code == 0 and "2 micro-batch(es) x 2 images, each micro-batch normalised" in out, err
+    assert rows(tmp_path)[-4]["loss"] == pytest.approx(losses[0][0], rel=0.2)  # another normaliser, the same images
+
+
+def test_fine_tuning_replaces_the_head_of_other_classes(tmp_path, capsys):
+    torch.manual_seed(0)
+    old, new = FCOS(3, "resnet18", fpn_channels=32), FCOS(2, "resnet18", fpn_channels=32)
+    args = {"backbone": "resnet18", "fpn_channels": 32, "original": False}
+    save_checkpoint(tmp_path / "old.pth", {"model": old.state_dict(), "names": ["a", "b", "c"], "category_ids": [1, 2, 3],
+                                           "args": args, "step": 1})
+    before = new.head.cls_logits.weight.clone()
+    load_init(new, str(tmp_path / "old.pth"), ["x", "y"])
+    assert "knows 3 other classes: new head.cls_logits.weight" in capsys.readouterr().out
+    assert torch.equal(new.head.cls_logits.weight, before) and torch.equal(new.head.ltrb.weight, old.head.ltrb.weight)
+    same = FCOS(3, "resnet18", fpn_channels=32)
+    load_init(same, str(tmp_path / "old.pth"), ["a", "b", "c"])
+    assert torch.equal(same.head.cls_logits.weight, old.head.cls_logits.weight)
+    with pytest.raises(train.WeightsError, match="old.pth: not this model .* --backbone resnet18 --fpn-channels 32"):
+        load_init(FCOS(2, "resnet18", fpn_channels=64), str(tmp_path / "old.pth"), ["x", "y"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--data", "nowhere"], "error: data folder nowhere does not exist"),
+    (["--weights", "no.pth"], "error: weights file no.pth does not exist"),
+    (["--resume"], "error: checkpoint out/last.pth does not exist"),
+    (["--init", "no.pth"], "error: checkpoint no.pth does not exist"),
+    (["--micro-batch", "3"], "error: --batch-size 4 is not 1 ranks x a multiple of --micro-batch 3"),
+    (["--amp", "fp16"], "error: --amp fp16 needs a GPU or NPU"),
+    (["--device", "cuda"], "error: --device cuda, but torch sees no CUDA GPU"),
+    (["--lr", "1e9", "--clip", "0", "--warmup-steps", "0"], "error: the loss is not finite at step"),
+])
+def test_mistakes_end_in_one_line(script, words, message):
+    code, out, err = script(*TINY, "--max-steps", 30, "--no-eval", *words)
+    assert code != 0 and message in err and "Traceback" not in err
+    if "finite" in message:
+        assert "images [" in out and "losses {" in out
+
+
+def test_a_picture_that_turns_out_broken_stops_the_run_by_name(script, tmp_path, coco_mini):
+    for name in ("annotations", "train2017", "val2017"):
+        (tmp_path / "coco").mkdir(exist_ok=True)
+        if name == "annotations":
+            (tmp_path / "coco" / name).symlink_to(coco_mini / name)
+            continue
+        (tmp_path / "coco" / name).mkdir()
+        for picture in (coco_mini / name).iterdir():
+            (tmp_path / "coco" / name / picture.name).symlink_to(picture)
+    for broken in list((tmp_path / "coco" / "train2017").iterdir()):
+        broken.unlink()
+        broken.write_bytes(b"\xff\xd8 this is no picture")
+    code, _, err = script(*TINY, "--data", "coco", "--weights", "none", "--backbone", "resnet18", "--min-size", 64,
+                          "--max-size", 96, "--max-steps", 2, "--no-eval")
+    assert code != 0 and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: coco/train2017/0") and "cannot be read as a picture" in err
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path):
+    save_checkpoint(tmp_path / "c.pth", {"step": 1})
+
+    class Unsaveable:
+        def __reduce__(self):
+            raise RuntimeError("in the middle of writing")
+
+    with pytest.raises(RuntimeError):
+        save_checkpoint(tmp_path / "c.pth", {"weights": torch.zeros(1000), "step": Unsaveable()})
+    assert torch.load(tmp_path / "c.pth", weights_only=True) == {"step": 1}
+
+
+def test_bf16_and_voc_and_multi_scale_run(script, tmp_path, bccd):
+    code, out, err = script(*TINY, "--data", bccd, "--train-split", "2007_trainval", "--val-split", "2007_test", "--weights",
+                            "none", "--backbone", "resnet18", "--fpn-channels", 32, "--min-size", 64, 96, "--max-size",
+                            128, "--amp", "bf16", "--max-steps", 2, "--drop-empty", "--schedule", "2x")
+    assert code == 0, err
+    assert "BloodImage_00338.xml: object 13" in out and "AP50 (VOC07 11-point)" in out
+    assert "AP50_VOC07" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_two_ranks_survive_one_without_objects(script, tmp_path):
+    # Image 1 has an object, image 2 none: with two ranks one of them never sees a positive point.
+    (tmp_path / "d" / "annotations").mkdir(parents=True)
+    (tmp_path / "d" / "train2017").mkdir()
+    for i in (1, 2):
+        Image.new("RGB", (64, 64), "grey").save(tmp_path / "d" / "train2017" / f"{i}.png")
+    (tmp_path / "d" / "annotations" / "instances_train2017.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in (1, 2)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [9, 9, 30, 30]}],
+        "categories": [{"id": 1, "name": "thing"}]}))
+    started = time.time()
+    code, out, err = script(*TINY, "--batch-size", 2, "--data", "d", "--weights", "none", "--backbone", "resnet18",
+                            "--fpn-channels", 32, "--min-size", 64, "--max-steps", 3, "--no-eval", ranks=2, timeout=120)
+    assert code == 0, err
+    assert "step 3/3" in out and time.time() - started < 120
