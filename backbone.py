@@ -253,7 +253,8 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
     elif "conv1.weight" in state and "fc.weight" in state:
         caffe, bgr, pixels = False, False, TORCHVISION_PIXELS
     elif "conv1.weight" in state:  # mmdetection removed the classifier when it converted the caffe files
-        caffe = bgr = groups == 1 and bottleneck
+        caffe = groups == 1 and bottleneck
+        bgr = caffe or backbone.name == "resnext101_32x8d"
         pixels = CAFFE_PIXELS if caffe else TORCHVISION_PIXELS
     else:
         raise WeightsError(f"{path}: not an ImageNet ResNet; it has keys like {sorted(state)[:3]}")

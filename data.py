@@ -1,13 +1,14 @@
-"""Detection datasets: COCO and Pascal VOC layouts, and `shapes`, a set drawn on the fly; checks, resizing, batching.
+"""Detection datasets: COCO and Pascal VOC layouts, and `shapes`, a set drawn on the fly;
+checks, resizing, batching.
 
-    python data.py                                   look at `shapes`: pictures with their boxes in runs/browse/
-    python data.py --data ROOT --split val2017       the same for COCO, VOC or your own data
-    python data.py --targets                         FCOS's targets: which points of which level learn which object
+    python data.py                              look at `shapes`: pictures with their boxes in runs/browse/
+    python data.py --data ROOT --split val2017  the same for COCO, VOC or your own data
+    python data.py --targets                    FCOS's targets: which points of which level learn which object
 
-Inside, a class is an index 0..C-1 and a box is (x1, y1, x2, y2) in pixels with far edges: a box is x2 - x1 wide.
-Dataset category ids and other box conventions exist in this file and in the files that are written out only.
+Inside, a class is an index 0..C-1 and a box is (x1, y1, x2, y2) in pixels with far edges: a box is
+x2 - x1 wide. Dataset category ids and other box conventions exist in this file and in the files that
+are written out only.
 """
-import argparse
 import json
 import math
 import os
@@ -21,9 +22,11 @@ from torch.utils.data import Dataset
 
 PADDING, CROWD = -1, -2  # gt_labels of rows that are no object
 LISTED_PROBLEMS = 10  # how many unusable boxes are spelled out before "... and N more"
-EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}  # split: folder of its images
-VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-               "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+# split: folder of its images
+EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+               "tvmonitor")
 
 
 class DataError(ValueError):
@@ -33,18 +36,20 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------- dataset
 
 class DetectionDataset:
-    """Images and boxes in flat arrays: forked workers then share the memory instead of copying objects they touch.
+    """Images and boxes in flat arrays: forked workers then share the memory instead of copying
+    objects they touch.
 
-    names: C class names. category_ids: C ids as the files have them. image_ids, paths: (N,) arrays. sizes: (N, 2)
-    height, width. Boxes of image i are rows first[i]:first[i + 1] of boxes (A, 4) xyxy px, classes (A,), areas (A,)
-    px^2 (of the object, not the box, where the file tells), crowd (A,), difficult (A,) bool. notes: lines to print.
-    voc: score with VOC's AP50.
+    names: C class names. category_ids: C ids as the files have them. image_ids, paths: (N,) arrays. sizes:
+    (N, 2) height, width. Boxes of image i are rows first[i]:first[i + 1] of boxes (A, 4) xyxy px, classes
+    (A,), areas (A,) px^2 (of the object, not the box, where the file tells), crowd (A,), difficult (A,) bool.
+    notes: lines to print. voc: score with VOC's AP50.
     """
 
     def __init__(self, names, category_ids, image_ids, paths, sizes, boxes, classes, areas, crowd, difficult,
                  image_index, notes=(), voc=False):
         order = np.argsort(image_index, kind="stable")
-        self.names, self.category_ids, self.voc, self.notes = list(names), list(category_ids), voc, list(notes)
+        self.names, self.category_ids, self.voc, self.notes = (
+            list(names), list(category_ids), voc, list(notes))
         self.image_ids, self.paths = np.asarray(image_ids), np.asarray(paths, dtype=np.bytes_)
         self.sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
         self.boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
@@ -57,13 +62,14 @@ class DetectionDataset:
         return len(self.image_ids)
 
     def image(self, index: int) -> Image.Image:
-        """RGB picture, EXIF orientation applied. Raises DataError if it is broken or not of the size stated."""
+        """RGB picture, EXIF orientation applied. Raises DataError if it is broken or not of the size
+        stated."""
         path = self.paths[index].decode()
         image = read_image(path)
         height, width = self.sizes[index]
         if image.size != (width, height):
-            raise DataError(f"{path}: the picture is {image.width} x {image.height} (EXIF orientation applied), its "
-                            f"annotation says {width} x {height}: the boxes cannot be placed")
+            raise DataError(f"{path}: the picture is {image.width} x {image.height} (EXIF orientation "
+                            f"applied), its annotation says {width} x {height}: the boxes cannot be placed")
         return image
 
     def objects(self, index: int, use_difficult: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -82,12 +88,14 @@ class DetectionDataset:
 
     def non_empty(self, use_difficult: bool = False) -> np.ndarray:
         """Indices of the images that have an object to learn (a crowd is none)."""
-        return np.array([i for i in range(len(self)) if (self.objects(i, use_difficult)[1] >= 0).any()], np.int64)
+        return np.array([i for i in range(len(self)) if (self.objects(i, use_difficult)[1] >= 0).any()],
+                        np.int64)
 
     def table(self) -> str:
         """Class name -> index, category id, images and boxes: read it once before every training."""
         image_of_box = np.repeat(np.arange(len(self)), np.diff(self.first))
-        pairs = np.unique(np.stack((self.classes, image_of_box)), axis=1)[0] if len(self.boxes) else self.classes
+        pairs = (np.unique(np.stack((self.classes, image_of_box)), axis=1)[0] if len(self.boxes)
+                 else self.classes)
         images = np.bincount(pairs, minlength=len(self.names))
         boxes = np.bincount(self.classes, minlength=len(self.names))
         width = max(map(len, [*self.names, "class"]))
@@ -105,9 +113,9 @@ def open_dataset(data: str, split: str, json_path: str | None = None, image_dir:
     """The dataset at `data`, in the layout found there.
 
     data: "shapes", or a folder in COCO layout (`annotations/instances_SPLIT.json`, `SPLIT/`) or VOC layout
-    (`VOC2007/ImageSets/Main/SPLIT.txt`, ...). split: one or several joined by "+"; VOC's are YEAR_SPLIT. json_path
-    and image_dir name a COCO-format file and its images directly. names: the classes a model knows; a dataset with
-    others is refused. Raises DataError.
+    (`VOC2007/ImageSets/Main/SPLIT.txt`, ...). split: one or several joined by "+"; VOC's are YEAR_SPLIT.
+    json_path and image_dir name a COCO-format file and its images directly. names: the classes a model knows;
+    a dataset with others is refused. Raises DataError.
     """
     root = Path(data)
     if json_path or image_dir:
@@ -127,8 +135,8 @@ def open_dataset(data: str, split: str, json_path: str | None = None, image_dir:
         parts = split.split("+")
         return load_coco([(root / "annotations" / f"instances_{part}.json",
                            root / EXTRA_COCO_SPLITS.get(part, part)) for part in parts], names)
-    raise DataError(f"{root}: neither COCO layout (annotations/instances_{split}.json) nor VOC layout (VOC2007/); "
-                    f"for other layouts give the COCO-format file and the image folder "
+    raise DataError(f"{root}: neither COCO layout (annotations/instances_{split}.json) nor VOC layout "
+                    f"(VOC2007/); for other layouts give the COCO-format file and the image folder "
                     f"(--train-json --train-images --val-json --val-images)")
 
 
@@ -136,8 +144,9 @@ def _class_order(names: list[str] | None, found: list[str], source) -> list[str]
     if names is None:
         return found
     if set(names) != set(found):
-        raise DataError(f"{source}: its classes are not the model's: only in the file {sorted(set(found) - set(names))}"
-                        f", only in the model {sorted(set(names) - set(found))}")
+        raise DataError(f"{source}: its classes are not the model's: only in the file "
+                        f"{sorted(set(found) - set(names))}, "
+                        f"only in the model {sorted(set(names) - set(found))}")
     return list(names)
 
 
@@ -146,8 +155,8 @@ def _class_order(names: list[str] | None, found: list[str], source) -> list[str]
 def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) -> DetectionDataset:
     """COCO-format files joined into one dataset. parts: (json file, image folder) pairs. Raises DataError.
 
-    Structural errors (a missing file, an unknown category, ...) stop; a box that cannot be an object is listed in
-    the notes and left out.
+    Structural errors (a missing file, an unknown category, ...) stop; a box that cannot be an object is
+    listed in the notes and left out.
     """
     columns, notes, categories = [], [], None
     for path, folder in parts:
@@ -166,7 +175,8 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     category_ids = [id_of[name] for name in order]
     index_of = {category: index for index, category in enumerate(category_ids)}
     joined["classes"] = np.array([index_of[c] for c in joined.pop("category").tolist()], np.int64)
-    return DetectionDataset(order, category_ids, **joined, difficult=np.zeros(len(joined["boxes"]), bool), notes=notes)
+    return DetectionDataset(order, category_ids, **joined, difficult=np.zeros(len(joined["boxes"]), bool),
+                            notes=notes)
 
 
 def _read_json(path: Path) -> dict:
@@ -186,7 +196,8 @@ def _read_json(path: Path) -> dict:
             if missing:
                 raise DataError(f"{path}: {key} entry {str(row)[:80]} lacks {', '.join(missing)}")
     if not content["images"] or not content["categories"]:
-        raise DataError(f"{path}: has {len(content['images'])} images and {len(content['categories'])} categories")
+        raise DataError(f"{path}: has {len(content['images'])} images and "
+                        f"{len(content['categories'])} categories")
     _refuse_duplicates([c["id"] for c in content["categories"]], "category id", path)
     _refuse_duplicates([c["name"] for c in content["categories"]], "category name", path)
     return content
@@ -217,14 +228,15 @@ def _coco_columns(content: dict, categories: dict, path: Path, folder: Path, not
     ids = [a["id"] for a in annotations]
     _refuse_duplicates(ids, "annotation id", path)
     if 0 in ids:
-        notes.append(f"{path}: annotation id 0 (image {annotations[ids.index(0)]['image_id']}): pycocotools would "
-                     f"count it as never found; scoring here renumbers")
+        notes.append(f"{path}: annotation id 0 (image {annotations[ids.index(0)]['image_id']}): pycocotools "
+                     f"would count it as never found; scoring here renumbers")
     sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
     xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
     index = np.array([position[a["image_id"]] for a in annotations], np.int64)
     keep = _usable(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[index], lambda i: (
-        f"{path}: image {annotations[i]['image_id']}, annotation {ids[i]}, bbox {annotations[i]['bbox']}"), notes)
+        f"{path}: image {annotations[i]['image_id']}, annotation {ids[i]}, "
+        f"bbox {annotations[i]['bbox']}"), notes)
     area = [a["area"] if _is_number(a.get("area")) else a["bbox"][2] * a["bbox"][3] for a in annotations]
     paths = [str(folder / image["file_name"]) for image in images]
     _refuse_missing_images(paths, path)
@@ -239,7 +251,8 @@ def _is_number(value) -> bool:
 
 
 def _usable(boxes: np.ndarray, solid: np.ndarray, sizes: np.ndarray, name, notes: list[str]) -> np.ndarray:
-    """Which boxes (A, 4) can be objects of their images (A, 2); the others go to the notes, named by name(row).
+    """Which boxes (A, 4) can be objects of their images (A, 2); the others go to the notes, named
+    by name(row).
 
     solid: (A,) bool, whether the box as it stands in the file has an area.
     """
@@ -258,12 +271,12 @@ def _usable(boxes: np.ndarray, solid: np.ndarray, sizes: np.ndarray, name, notes
     beyond = keep & ((boxes[:, :2] < -1).any(axis=1) | (boxes[:, 2:] > sizes[:, ::-1] + 1).any(axis=1))
     if beyond.any():
         i = int(np.flatnonzero(beyond)[0])
-        notes.append(f"{int(beyond.sum())} boxes reach over the border of their image and are cut there in training "
-                     f"(the first: {name(i)})")
+        notes.append(f"{int(beyond.sum())} boxes reach over the border of their image and are cut there in "
+                     f"training (the first: {name(i)})")
     tiny = keep & ((boxes[:, 2:] - boxes[:, :2]) < 1).any(axis=1)
     if tiny.any():
-        notes.append(f"{int(tiny.sum())} boxes are under 1 px wide or high: scored, not trained on (the first: "
-                     f"{name(int(np.flatnonzero(tiny)[0]))}). Are the coordinates pixels?")
+        notes.append(f"{int(tiny.sum())} boxes are under 1 px wide or high: scored, not trained on "
+                     f"(the first: {name(int(np.flatnonzero(tiny)[0]))}). Are the coordinates pixels?")
     return keep
 
 
@@ -274,17 +287,19 @@ def _refuse_missing_images(paths: list[str], source):
     missing = [path for path in paths if os.path.basename(path) not in (listed[os.path.dirname(path)] or ())]
     if missing:
         folder = os.path.dirname(missing[0])
-        what = f"image folder {folder} does not exist" if listed[folder] is None else f"{missing[0]} does not exist"
+        what = (f"image folder {folder} does not exist" if listed[folder] is None
+                else f"{missing[0]} does not exist")
         raise DataError(f"{what}: {len(missing)} of {len(paths)} images of {source} are missing")
 
 
 # ---------------------------------------------------------------------------------------------- VOC
 
 def load_voc(root: Path, split: str, names: list[str] | None = None) -> DetectionDataset:
-    """Pascal VOC layout. split: YEAR_SPLIT, several joined by "+" ("2007_trainval+2012_trainval"). Raises DataError.
+    """Pascal VOC layout. split: YEAR_SPLIT, several joined by "+" ("2007_trainval+2012_trainval").
 
-    Classes: VOC's twenty if the files name no other, else what they name, sorted. VOC counts pixels from 1 and
-    includes both ends: (xmin - 1, ymin - 1, xmax, ymax) is the same box with far edges.
+    Raises DataError. Classes: VOC's twenty if the files name no other, else what they name, sorted.
+    VOC counts pixels from 1 and includes both ends: (xmin - 1, ymin - 1, xmax, ymax) is the same
+    box with far edges.
     """
     image_ids, paths, sizes, rows, notes = [], [], [], [], []
     for part in split.split("+"):
@@ -320,12 +335,13 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
     boxes = pixels - (1, 1, 0, 0)
     # A box that is one pixel wide by VOC's convention is a slip of the mouse, not an object.
     solid = (pixels[:, 2:] > pixels[:, :2]).all(axis=1)
-    keep = _usable(boxes, solid, np.array(sizes, np.int64)[index],
-                   lambda i: f"{rows[i][1]}: object {rows[i][3]} ({rows[i][2]}), bndbox {list(rows[i][4])}", notes)
+    keep = _usable(boxes, solid, np.array(sizes, np.int64)[index], lambda i: (
+        f"{rows[i][1]}: object {rows[i][3]} ({rows[i][2]}), bndbox {list(rows[i][4])}"), notes)
     kept = [row for row, k in zip(rows, keep) if k]
     boxes = boxes[keep]
     return DetectionDataset(
-        names, range(1, len(names) + 1), image_ids, paths, sizes, boxes, [names.index(row[2]) for row in kept],
+        names, range(1, len(names) + 1), image_ids, paths, sizes, boxes,
+        [names.index(row[2]) for row in kept],
         (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), np.zeros(len(kept), bool),
         [row[5] for row in kept], index[keep], notes, voc=True)
 
@@ -343,10 +359,11 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
         objects = []
         for number, obj in enumerate(tree.iter("object"), start=1):
             box = tuple(float(obj.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            objects.append((obj.findtext("name").strip(), number, box, obj.findtext("difficult", "0").strip() == "1"))
+            objects.append((obj.findtext("name").strip(), number, box,
+                            obj.findtext("difficult", "0").strip() == "1"))
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a VOC annotation, a size, name or bndbox is missing or no number ({error})"
-                        ) from error
+        raise DataError(f"{path}: not a VOC annotation, a size, name or bndbox is missing or no number "
+                        f"({error})") from error
     return (size if min(size) > 0 else None), objects
 
 
@@ -356,7 +373,7 @@ SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split; no picture 
 SHAPES_SIDE = 128  # px, of the longer side
 SHAPES_OBJECT = (12, 96)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
 SHAPES_EMPTY = 0.05  # share of images without objects
-SHAPES_MAX_OBJECTS = 6
+SHAPES_MAX_OBJECTS = 8
 SHAPES_OVERLAP = 0.4  # of the smaller of two boxes
 
 
@@ -390,7 +407,8 @@ RING_HOLE = 0.55  # radius of the hole in parts of the ring's
 
 
 class Shapes(DetectionDataset):
-    """The built-in set: textured pictures of eight shapes, drawn when they are read, equal on every machine and run.
+    """The built-in set: textured pictures of eight shapes, drawn when they are read, equal on
+    every machine and run.
 
     split: "train" or "val". Image i of a split depends on the split and i alone.
     """
@@ -404,10 +422,12 @@ class Shapes(DetectionDataset):
         sizes = [scene[0] for scene in scenes]
         objects = [(i, *obj) for i, scene in enumerate(scenes) for obj in scene[1]]
         outlines = [outline for _, _, outline in objects]
-        boxes = np.array([[*outline.min(axis=0), *outline.max(axis=0)] for outline in outlines]).reshape(-1, 4)
+        boxes = np.array([[*outline.min(axis=0), *outline.max(axis=0)]
+                          for outline in outlines]).reshape(-1, 4)
         super().__init__(OUTLINES, range(1, len(OUTLINES) + 1), np.arange(1, count + 1),
                          [f"shapes_{split}_{i:05}" for i in range(count)], sizes, boxes,
-                         [label for _, label, _ in objects], (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+                         [label for _, label, _ in objects],
+                         (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
                          np.zeros(len(boxes), bool), np.zeros(len(boxes), bool), [i for i, _, _ in objects])
 
     def _scene(self, index: int) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
@@ -422,8 +442,8 @@ class Shapes(DetectionDataset):
                 break
             label = int(rng.integers(len(OUTLINES)))
             longer = math.exp(rng.uniform(*np.log(SHAPES_OBJECT)))
-            outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.7, 1.0))
-            turn = rng.uniform(-0.4, 0.4) + (rng.integers(4) * np.pi / 2 if rng.random() < 0.3 else 0)
+            outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.8, 1.0))
+            turn = rng.uniform(-0.25, 0.25)
             outline = outline @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
             outline -= outline.min(axis=0)
             outline *= longer / outline.max()
@@ -446,17 +466,19 @@ class Shapes(DetectionDataset):
         for cells, strength in ((3, 45), (10, 30), (32, 18)):  # blurred noise of three scales, then grain
             noise = rng.uniform(-strength, strength, (cells, cells, 3)).astype(np.float32)
             for c in range(3):
-                picture[..., c] += np.asarray(Image.fromarray(noise[..., c]).resize((width, height), Image.BICUBIC))
+                picture[..., c] += np.asarray(
+                    Image.fromarray(noise[..., c]).resize((width, height), Image.BICUBIC))
         grain = rng.normal(0, 6, picture.shape)
         image = Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8))
         for label, outline in objects:
             colour = rng.uniform(0, 255, 3)
-            while np.abs(colour - base).sum() < 120:
+            while np.abs(colour - base).sum() < 150:
                 colour = rng.uniform(0, 255, 3)
-            stripes = rng.uniform(-40, 40) * np.sin(np.arange(width) * rng.uniform(0.1, 0.8) + rng.uniform(0, 6))
+            stripes = (rng.uniform(-40, 40)
+                       * np.sin(np.arange(width) * rng.uniform(0.1, 0.8) + rng.uniform(0, 6)))
             corner, end = outline.min(axis=0).astype(int), outline.max(axis=0).astype(int) + 1
             part = slice(corner[1], end[1]), slice(corner[0], end[0])
-            texture = colour + stripes[None, part[1], None] + 2 * grain[part]
+            texture = colour + stripes[None, part[1], None] + grain[part]
             mask = _silhouette(outline - corner, list(OUTLINES)[label] == "ring", *texture.shape[:2])
             image.paste(Image.fromarray(texture.clip(0, 255).astype(np.uint8)), tuple(corner.tolist()), mask)
         return image
@@ -470,7 +492,8 @@ def _covered(box: np.ndarray, other: np.ndarray) -> float:
 
 
 def _silhouette(outline: np.ndarray, ring: bool, height: int, width: int, smooth: int = 4) -> Image.Image:
-    """Mask with soft edges of an outline (n, 2) px in a height x width picture, drawn `smooth` times as large."""
+    """Mask with soft edges of an outline (n, 2) px in a height x width picture,
+    drawn `smooth` times as large."""
     mask = Image.new("L", (width * smooth, height * smooth))
     draw = ImageDraw.Draw(mask)
     draw.polygon([tuple(p) for p in outline * smooth], fill=255)
@@ -492,14 +515,16 @@ def read_image(path: str) -> Image.Image:
         raise DataError(f"{path}: cannot be read as a picture ({error})") from error
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow's convert would cut at 255
         pixels = np.asarray(image, np.float32)
-        image = Image.fromarray((pixels / 257 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (pixels / 257 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Size (height, width) after scaling so that the short side is min_size, or the long one max_size if smaller."""
+    """Size (height, width) after scaling so that the short side is min_size, or the long one
+    max_size if smaller."""
     scale = min(max_size / max(height, width), min_size / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -508,8 +533,8 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
                 use_difficult: bool = False) -> dict:
     """One image at network size.
 
-    Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of that image, "labels" (n,) int64, "image_id",
-    "index", "original_size" (height, width)}.
+    Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of that image, "labels" (n,) int64,
+    "image_id", "index", "original_size" (height, width)}.
     """
     image = dataset.image(index)
     boxes, labels = dataset.objects(index, use_difficult)
@@ -521,21 +546,23 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
     if flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
         boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), axis=1)
-    return {"image": np.asarray(image), "boxes": boxes, "labels": labels, "image_id": dataset.image_ids[index].item(),
-            "index": index, "original_size": (height, width)}
+    return {"image": np.asarray(image), "boxes": boxes, "labels": labels,
+            "image_id": dataset.image_ids[index].item(), "index": index, "original_size": (height, width)}
 
 
 def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | None = None) -> dict:
     """Samples as one batch (the tensor contract of the models).
 
     Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width;
-    gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING where an image has fewer than G objects (G >= 1);
-    image_ids, indices: lists; original_sizes (B, 2). H, W: the largest image rounded up to `divisor`, or `pad_to`.
+    gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING where an image has fewer than G objects
+    (G >= 1); image_ids, indices: lists; original_sizes (B, 2). H, W: the largest image rounded up to
+    `divisor`, or `pad_to`.
     """
     sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
     height, width = pad_to or (-(-sizes.amax(dim=0) // divisor) * divisor).tolist()
     if pad_to and (sizes > torch.tensor(pad_to)).any():
-        raise DataError(f"an image of {sizes.amax(dim=0).tolist()} (height, width) does not fit --pad-to {pad_to}")
+        raise DataError(f"an image of {sizes.amax(dim=0).tolist()} (height, width) does not fit "
+                        f"--pad-to {pad_to}")
     count = len(samples)
     most = max(1, *(len(sample["labels"]) for sample in samples))
     images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
@@ -544,7 +571,8 @@ def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | No
         h, w = sample["image"].shape[:2]
         n = len(sample["labels"])
         images[i, :, :h, :w] = torch.from_numpy(sample["image"].copy()).permute(2, 0, 1)
-        gt_boxes[i, :n], gt_labels[i, :n] = torch.from_numpy(sample["boxes"]), torch.from_numpy(sample["labels"])
+        gt_boxes[i, :n], gt_labels[i, :n] = (torch.from_numpy(sample["boxes"]),
+                                             torch.from_numpy(sample["labels"]))
     return {"images": images, "sizes": sizes, "gt_boxes": gt_boxes, "gt_labels": gt_labels,
             "image_ids": [sample["image_id"] for sample in samples], "indices": [s["index"] for s in samples],
             "original_sizes": torch.tensor([sample["original_size"] for sample in samples])}
@@ -555,7 +583,8 @@ def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | No
 class TrainSamples(Dataset):
     """Training view of a dataset. An item is asked for by (epoch, index).
 
-    Flip and short side are drawn from (seed, epoch, index), so they depend on neither worker, rank nor restart.
+    Flip and short side are drawn from (seed, epoch, index), so they depend on neither worker,
+    rank nor restart.
     """
 
     def __init__(self, dataset: DetectionDataset, min_sizes: list[int], max_size: int, flip: bool = True,
@@ -587,20 +616,22 @@ class TestSamples(Dataset):
 class StepBatches:
     """The images of every training step: a function of (seed, epoch) alone.
 
-    A step takes `batch_size` images of one aspect-ratio group (wide or tall), which wastes little padding. Rank r of
-    `world` takes the r-th part of each step, in `accumulate` micro-batches; what all ranks see together depends on
-    neither `world` nor `accumulate`. Iterating yields lists of (epoch, index), from step `start` to step `stop`.
+    A step takes `batch_size` images of one aspect-ratio group (wide or tall), which wastes little padding.
+    Rank r of `world` takes the r-th part of each step, in `accumulate` micro-batches; what all ranks see
+    together depends on neither `world` nor `accumulate`. Iterating yields lists of (epoch, index), from step
+    `start` to step `stop`.
     """
 
-    def __init__(self, dataset: DetectionDataset, indices: np.ndarray, batch_size: int, seed: int = 0, rank: int = 0,
-                 world: int = 1, accumulate: int = 1, start: int = 0, stop: int = 0):
+    def __init__(self, dataset: DetectionDataset, indices: np.ndarray, batch_size: int, seed: int = 0,
+                 rank: int = 0, world: int = 1, accumulate: int = 1, start: int = 0, stop: int = 0):
         self.indices, self.batch_size, self.seed = np.asarray(indices), batch_size, seed
         self.wide = dataset.sizes[self.indices, 1] >= dataset.sizes[self.indices, 0]
         self.rank, self.world, self.accumulate, self.start, self.stop = rank, world, accumulate, start, stop
         self.steps_per_epoch = sum(-(-int(group.sum()) // batch_size) for group in (self.wide, ~self.wide))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """(steps_per_epoch, batch_size) image indices. The last batch of a group is filled up from its first."""
+        """(steps_per_epoch, batch_size) image indices. The last batch of a group is filled up from
+        its first."""
         rng = np.random.default_rng((self.seed, epoch))
         batches = []
         for group in (self.wide, ~self.wide):

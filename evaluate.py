@@ -1,16 +1,18 @@
 """Score a checkpoint, re-score a detections file, or draw detections for a folder of images.
 
-    python evaluate.py --ckpt runs/fcos/last.pth                          the split the run was trained against
-    python evaluate.py --ckpt C.pth --data coco --split val2017           another dataset or split
-    torchrun --nproc_per_node 8 evaluate.py --ckpt C.pth                  every image once, whatever the number of ranks
+    python evaluate.py --ckpt runs/fcos/last.pth                  the split the run was trained against
+    python evaluate.py --ckpt C.pth --data coco --split val2017   another dataset or split
+    torchrun --nproc_per_node 8 evaluate.py --ckpt C.pth          every image once, whatever the rank count
     python evaluate.py --detections runs/fcos/detections.json --data coco --split val2017
-    python evaluate.py --ckpt C.pth --images photos/                      no annotations: drawings and detections.json
+    python evaluate.py --ckpt C.pth --images photos/              no annotations: drawings and detections.json
 
-Written to --out (the checkpoint's folder by default): detections.json (COCO result format), metrics.json, pictures/.
+Written to --out (the checkpoint's folder by default): detections.json (COCO result format),
+metrics.json, pictures/.
 """
 import os
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported for --device npu, and only then
+# torch_npu is imported for --device npu, and only then.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import argparse
 import colorsys
@@ -26,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
@@ -35,14 +37,15 @@ from backbone import WeightsError
 from data import DataError, DetectionDataset, TestSamples, collate, open_dataset, read_image, resized_shape
 from fcos import FCOS
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # COCO's 12 lines
+# COCO's 12 lines
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 # Rank 0 scores while the others wait in a collective, so the limit is far above torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
-# ---------------------------------------------------------------------------------------------- device and ranks
+# ------------------------------------------------------------------------------------------- device and ranks
 
 def setup_device(name: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of ranks; under torchrun the process group is started.
@@ -52,7 +55,8 @@ def setup_device(name: str) -> tuple[torch.device, int, int]:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but torch sees no CUDA GPU (use --device cpu, or check the driver)")
+        raise SystemExit("error: --device cuda, but torch sees no CUDA GPU "
+                         "(use --device cpu, or check the driver)")
     if name == "npu":
         _import_npu()
     local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -73,15 +77,16 @@ def _import_npu():
     found = importlib.util.find_spec("torch_npu")
     if found is None:
         raise SystemExit("error: --device npu: torch_npu is not installed (see requirements-npu.txt)")
-    # The pair of a CUDA build and torch_npu does not raise, it aborts the process. A stand-in for tests may pass.
+    # The pair of a CUDA build and torch_npu does not raise, it aborts the process. A stand-in for
+    # tests may pass.
     if torch.version.cuda and "STAND_IN = True" not in Path(found.origin).read_text(encoding="utf-8"):
         raise SystemExit("error: --device npu needs the CPU build of torch, this is a CUDA build "
                          "(see requirements-npu.txt)")
     try:
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError) as error:
-        raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({error}); it needs CANN and the torch_npu "
-                         f"release that matches torch {torch.__version__}") from error
+        raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({error}); it needs CANN and "
+                         f"the torch_npu release that matches torch {torch.__version__}") from error
     torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
 
 
@@ -94,8 +99,8 @@ def synchronize(device: torch.device):
 
 def build_model(args: dict, num_classes: int) -> torch.nn.Module:
     """The detector that train.py's arguments describe, with fresh weights."""
-    return FCOS(num_classes, args["backbone"], caffe=args["caffe"], original=args["original"], norm=args["norm"],
-                freeze_at=args["freeze_at"], fpn_channels=args["fpn_channels"])
+    return FCOS(num_classes, args["backbone"], caffe=args["caffe"], original=args["original"],
+                norm=args["norm"], freeze_at=args["freeze_at"], fpn_channels=args["fpn_channels"])
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -105,8 +110,10 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
-    missing = {"model", "args", "names", "category_ids", "step"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+        raise WeightsError(f"{path}: cannot be read as a checkpoint "
+                           f"({str(error).splitlines()[0]})") from error
+    missing = ({"model", "args", "names", "category_ids", "step"}
+               - set(checkpoint if isinstance(checkpoint, dict) else ()))
     if missing:
         raise WeightsError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
     return checkpoint
@@ -123,7 +130,8 @@ def load_model(ckpt_path: str | Path, device: torch.device | str = "cpu") -> tup
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise WeightsError(f"{ckpt_path}: its weights do not fit the model its arguments describe ({error})") from error
+        raise WeightsError(f"{ckpt_path}: its weights do not fit the model its arguments describe "
+                           f"({error})") from error
     info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step")}
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
@@ -136,8 +144,10 @@ class EqualShapes:
     Rank r of `world` takes every world-th batch; a batch is a list of indices.
     """
 
-    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int, batch_size: int, rank: int, world: int):
-        shapes = [resized_shape(height, width, min_size, max_size) for height, width in dataset.sizes.tolist()]
+    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int, batch_size: int, rank: int,
+                 world: int):
+        shapes = [resized_shape(height, width, min_size, max_size)
+                  for height, width in dataset.sizes.tolist()]
         order = sorted(range(len(dataset)), key=lambda i: shapes[i])
         batches = []
         for i in order:
@@ -154,13 +164,15 @@ class EqualShapes:
 
 
 @torch.inference_mode()
-def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.device, min_size: int, max_size: int,
-           batch_size: int = 1, workers: int = 2, amp: torch.dtype | None = None, rank: int = 0, world: int = 1,
+def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.device, min_size: int,
+           max_size: int, batch_size: int = 1, workers: int = 2, amp: torch.dtype | None = None,
+           rank: int = 0, world: int = 1,
            pad_to: tuple[int, int] | None = None) -> tuple[list[dict], dict[str, float]]:
-    """Detections of every image, in COCO result format (category ids of `dataset`, pixels of the original images).
+    """Detections of every image, in COCO result format
+    (category ids of `dataset`, pixels of the original images).
 
-    Every rank gets the results of all ranks. Also returns ms per image spent waiting for images ("loading"), in the
-    network and in post-processing (decoding and NMS). The mode of the model is restored.
+    Every rank gets the results of all ranks. Also returns ms per image spent waiting for images ("loading"),
+    in the network and in post-processing (decoding and NMS). The mode of the model is restored.
     """
     was_training = model.training
     model.eval()
@@ -196,14 +208,16 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.devi
         seen, results = sum((part[0] for part in parts), []), sum((part[1] for part in parts), [])
     assert sorted(seen) == list(range(len(dataset))), "every image must be scored exactly once"
     order = {image_id: position for position, image_id in enumerate(dataset.image_ids.tolist())}
-    results.sort(key=lambda r: (order[r["image_id"]], -r["score"]))  # the file does not depend on ranks or batches
+    # The file does not depend on ranks or batches.
+    results.sort(key=lambda r: (order[r["image_id"]], -r["score"]))
     return results, milliseconds
 
 
 def _coco_results(dataset: DetectionDataset, batch: dict, detections: list[dict]) -> list[dict]:
     results = []
     for i, found in enumerate(detections):
-        scale = (batch["original_sizes"][i] / batch["sizes"][i]).flip(0).repeat(2)  # width, height, width, height
+        # width, height, width, height
+        scale = (batch["original_sizes"][i] / batch["sizes"][i]).flip(0).repeat(2)
         boxes = found["boxes"].float().cpu() * scale
         boxes[:, 2:] -= boxes[:, :2]
         for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()):
@@ -215,10 +229,11 @@ def _coco_results(dataset: DetectionDataset, batch: dict, detections: list[dict]
 # ---------------------------------------------------------------------------------------------- scores
 
 def score(dataset: DetectionDataset, results: list[dict]) -> dict:
-    """AP of detections in COCO result format; prints the table. Raises DataError for ids the dataset does not have.
+    """AP of detections in COCO result format; prints the table.
 
-    Returns {"AP", "AP50", ...: the 12 COCO numbers in 0..1 (None where no object is of that kind), "per_class":
-    {name: AP}}; for VOC data also "AP50_VOC07" (11-point) and "AP50_VOC" (all-point).
+    Raises DataError for ids the dataset does not have. Returns {"AP", "AP50", ...: the 12 COCO numbers in
+    0..1 (None where no object is of that kind), "per_class": {name: AP}}; for VOC data also "AP50_VOC07"
+    (11-point) and "AP50_VOC" (all-point).
     """
     _check_results(dataset, results)
     metrics = _coco_scores(dataset, results)
@@ -258,13 +273,17 @@ def _check_results(dataset: DetectionDataset, results: list[dict]):
 def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
     truth, image_ids = COCO(), dataset.image_ids.tolist()
     image_of_box = np.repeat(np.arange(len(dataset)), np.diff(dataset.first))
-    xywh = np.concatenate((dataset.boxes[:, :2], dataset.boxes[:, 2:] - dataset.boxes[:, :2]), axis=1).tolist()
+    xywh = np.concatenate((dataset.boxes[:, :2], dataset.boxes[:, 2:] - dataset.boxes[:, :2]),
+                          axis=1).tolist()
     truth.dataset = {
-        "images": [{"id": i, "height": h, "width": w} for i, (h, w) in zip(image_ids, dataset.sizes.tolist())],
+        "images": [{"id": i, "height": h, "width": w}
+                   for i, (h, w) in zip(image_ids, dataset.sizes.tolist())],
         "categories": [{"id": c, "name": n} for c, n in zip(dataset.category_ids, dataset.names)],
-        # Ids from 1: pycocotools takes id 0 for "not matched". VOC's difficult objects are ignored like crowds.
+        # Ids from 1: pycocotools takes id 0 for "not matched". VOC's difficult objects are
+        # ignored like crowds.
         "annotations": [{"id": i + 1, "image_id": image_ids[image_of_box[i]], "bbox": xywh[i],
-                         "category_id": dataset.category_ids[dataset.classes[i]], "area": float(dataset.areas[i]),
+                         "category_id": dataset.category_ids[dataset.classes[i]],
+                         "area": float(dataset.areas[i]),
                          "iscrowd": int(dataset.crowd[i] or dataset.difficult[i])} for i in range(len(xywh))]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -287,10 +306,10 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
 def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool) -> dict[str, float | None]:
     """Pascal VOC's AP at IoU > 0.5 of every class; None for a class without objects.
 
-    eleven_point: the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC07) instead of the area under the
-    precision envelope (VOC10 and later). Detections go by score; each takes the object it overlaps most. A second
-    hit of an object is a false positive, a hit of a difficult one counts as nothing. With far-edge boxes the IoU is
-    the devkit's, which counts pixels.
+    eleven_point: the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC07) instead of the area under
+    the precision envelope (VOC10 and later). Detections go by score; each takes the object it overlaps most.
+    A second hit of an object is a false positive, a hit of a difficult one counts as nothing. With far-edge
+    boxes the IoU is the devkit's, which counts pixels.
     """
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
     by_category = {category: [] for category in dataset.category_ids}
@@ -323,7 +342,8 @@ def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool)
 def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     side = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0)
     inter = side.prod(axis=1)
-    return inter / np.maximum((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - inter, 1e-12)
+    return inter / np.maximum((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - inter,
+                              1e-12)
 
 
 def _area_under(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -> float:
@@ -337,7 +357,8 @@ def _area_under(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -
 # ---------------------------------------------------------------------------------------------- drawings
 
 def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: int, threshold: float = 0.3):
-    """Pictures of the first `count` images: objects in white, detections in the colour of their class with score."""
+    """Pictures of the first `count` images: objects in white, detections in the colour of their class
+    with score."""
     folder.mkdir(parents=True, exist_ok=True)
     label_of = {category: label for label, category in enumerate(dataset.category_ids)}
     by_image = {}
@@ -368,11 +389,13 @@ def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: in
 
 # ---------------------------------------------------------------------------------------------- script
 
-def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, batch_size: int = 1, workers: int = 2,
-             amp: torch.dtype | None = None, rank: int = 0, world: int = 1, pad_to=None, pictures: int = 8) -> dict:
-    """Detect, score, write detections.json, metrics.json and pictures/ under `out`. All ranks call it; the metrics
-    are returned on rank 0, {} elsewhere."""
-    results, timing = detect(model, dataset, device, min_size, max_size, batch_size, workers, amp, rank, world, pad_to)
+def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, batch_size: int = 1,
+             workers: int = 2, amp: torch.dtype | None = None, rank: int = 0, world: int = 1, pad_to=None,
+             pictures: int = 8) -> dict:
+    """Detect, score, write detections.json, metrics.json and pictures/ under `out`. All ranks call it; the
+    metrics are returned on rank 0, {} elsewhere."""
+    results, timing = detect(model, dataset, device, min_size, max_size, batch_size, workers, amp, rank,
+                             world, pad_to)
     if rank > 0:
         return {}
     out.mkdir(parents=True, exist_ok=True)
@@ -405,7 +428,8 @@ def read_results(path: Path) -> list[dict]:
 
 def image_folder(path: Path, names: list[str], category_ids: list[int]) -> DetectionDataset:
     """Pictures without annotations (a folder, or one file) as a dataset; image ids are the file names."""
-    paths = sorted(p for p in ([path] if path.is_file() else path.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(p for p in ([path] if path.is_file() else path.glob("*"))
+                   if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise DataError(f"{path}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
     sizes = [read_image(str(p)).size[::-1] for p in paths]
@@ -442,7 +466,8 @@ def parse_args() -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
     run.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"))
-    run.add_argument("--batch-size", type=int, default=1, help="images per device; only equal sizes share a batch")
+    run.add_argument("--batch-size", type=int, default=1,
+                     help="images per device; only equal sizes share a batch")
     run.add_argument("--workers", type=int, default=2)
     run.add_argument("--score-threshold", type=float, help="drop class scores below (default: the model's)")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections")
@@ -486,7 +511,8 @@ def main():
         print(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
               f"short side {min_size}, long side at most {max_size} px")
     if args.images:
-        results, _ = detect(model, dataset, device, min_size, max_size, args.batch_size, args.workers, amp, rank, world)
+        results, _ = detect(model, dataset, device, min_size, max_size, args.batch_size, args.workers, amp,
+                            rank, world)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "detections.json", results)

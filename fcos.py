@@ -1,7 +1,9 @@
-"""FCOS: Fully Convolutional One-Stage Object Detection (arXiv 1904.01355; improved form: TPAMI, arXiv 2006.09214).
+"""FCOS: Fully Convolutional One-Stage Object Detection
+(arXiv 1904.01355; improved form: TPAMI, arXiv 2006.09214).
 
-Every feature cell predicts class scores, the distances to the four sides of its object, and how central it lies in
-it. `FCOS(original=True)` is the first form (R-50 1x: 36.6 AP in mmdetection), the default the improved one (38.7 AP):
+Every feature cell predicts class scores, the distances to the four sides of its object, and how
+central it lies in it. `FCOS(original=True)` is the first form (R-50 1x: 36.6 AP in mmdetection), the
+default the improved one (38.7 AP):
 
                     original                             improved
     positives       cells inside the box                 cells within 1.5 strides of its centre (and inside)
@@ -9,8 +11,9 @@ it. `FCOS(original=True)` is the first form (R-50 1x: 36.6 AP in mmdetection), t
     box loss        -ln IoU                              GIoU
     centerness      predicted from the class tower       predicted from the box tower
 
-Letters: B images, C classes, G gt objects (padded), L levels, P points of all levels, H W feature height, width.
-Points of all levels are concatenated, finest level first, each in the row-major order of `feature.flatten(2)`.
+Letters: B images, C classes, G gt objects (padded), L levels, P points of all levels, H W feature
+height, width. Points of all levels are concatenated, finest level first, each in the row-major
+order of `feature.flatten(2)`.
 `# DIFFERS:` marks departures from the paper; the README lists them.
 """
 import math
@@ -42,8 +45,8 @@ CAFFE_PIXELS_IMPROVED = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))
 class FCOSHead(nn.Module):
     """Two towers shared by all levels and three predictors (Sec. 3.2, Fig. 2).
 
-    forward: L features (B, channels, H, W) -> logits (B, P, C), ltrb (B, P, 4), centerness logits (B, P), float32.
-    ltrb is >= 0: pixels in the original form, strides of the point's level in the improved one.
+    forward: L features (B, channels, H, W) -> logits (B, P, C), ltrb (B, P, 4), centerness logits (B, P),
+    float32. ltrb is >= 0: pixels in the original form, strides of the point's level in the improved one.
     """
 
     def __init__(self, num_classes: int, channels: int = 256, original: bool = False):
@@ -117,14 +120,14 @@ def fcos_targets(points: Tensor, strides: Tensor, ranges: Tensor, gt_boxes: Tens
                  original: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The object every point is responsible for (Sec. 3.1, 3.2).
 
-    A point is a candidate of an object when it lies strictly inside the box (improved form: inside the part of the
-    box within CENTER_RADIUS strides of its centre) and the box has the size of the point's level. Of several
-    candidates the smallest box wins, of equal ones the first.
+    A point is a candidate of an object when it lies strictly inside the box (improved form: inside the part
+    of the box within CENTER_RADIUS strides of its centre) and the box has the size of the point's level. Of
+    several candidates the smallest box wins, of equal ones the first.
 
-    points (P, 2), strides (P,), ranges (P, 2): from `image_points`. gt_boxes: (G, 4) px, gt_labels: (G,) int64, < 0
-    for padding and crowds, which no point sees; G may be 0.
-    Returns labels (P,) int64, -1 = background; ltrb (P, 4) distances to the sides in px, 1 at background points;
-    object index (P,) int64, -1 = background.
+    points (P, 2), strides (P,), ranges (P, 2): from `image_points`. gt_boxes: (G, 4) px, gt_labels: (G,)
+    int64, < 0 for padding and crowds, which no point sees; G may be 0.
+    Returns labels (P,) int64, -1 = background; ltrb (P, 4) distances to the sides in px, 1 at background
+    points; object index (P,) int64, -1 = background.
     """
     if gt_boxes.shape[0] == 0:  # a shape, not a value: argmin needs a column to look at
         gt_boxes, gt_labels = gt_boxes.new_zeros(1, 4), gt_labels.new_full((1,), -1)
@@ -162,8 +165,9 @@ def fcos_losses(logits: Tensor, ltrb: Tensor, centerness: Tensor, labels: Tensor
                 original: bool = False) -> dict[str, Tensor]:
     """Classification, box and centerness loss (Eq. 2, Sec. 3.3); their sum is the loss.
 
-    logits (B, P, C), ltrb (B, P, 4), centerness (B, P): output of the head. labels (B, P), target_ltrb (B, P, 4):
-    from `fcos_targets`, target_ltrb in the unit of ltrb. Without positives box and centerness are 0, with a graph.
+    logits (B, P, C), ltrb (B, P, 4), centerness (B, P): output of the head. labels (B, P), target_ltrb
+    (B, P, 4): from `fcos_targets`, target_ltrb in the unit of ltrb. Without positives box and
+    centerness are 0, with a graph.
     Returns {"cls", "box", "centerness"}, each () float32.
     """
     positive = labels >= 0
@@ -198,14 +202,16 @@ def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_siz
                     score_threshold: float, nms_threshold: float) -> dict[str, Tensor]:
     """Detections of one image.
 
-    Per level the PRE_NMS_TOP_K (point, class) pairs with the best class score above the threshold stay; the score
-    becomes class score x centerness, boxes are clipped, empty ones dropped; class-wise NMS; MAX_DETECTIONS best.
+    Per level the PRE_NMS_TOP_K (point, class) pairs with the best class score above the threshold
+    stay; the score becomes class score x centerness, boxes are clipped, empty ones dropped;
+    class-wise NMS; MAX_DETECTIONS best.
 
-    logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. height, width: of the image
-    without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64}, best first; N may be 0.
+    logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. height,
+    width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,)
+    int64}, best first; N may be 0.
     """
-    # DIFFERS: mmdetection 3.x's choice of pairs, by class score. mmdetection 2.x keeps the 1000 *points* with the
-    # best class score x centerness, and all classes of each; AdelaiDet ranks pairs by that product.
+    # DIFFERS: mmdetection 3.x's choice of pairs, by class score. mmdetection 2.x keeps the 1000 *points* with
+    # the best class score x centerness, and all classes of each; AdelaiDet ranks pairs by that product.
     num_classes = logits.shape[-1]
     kept = []
     first = 0
@@ -230,18 +236,19 @@ def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_siz
 class FCOS(nn.Module):
     """The detector.
 
-    num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`; caffe also chooses the
-    pixel mean of Detectron's weights and std 1. original: the form in the table at the top. fpn_channels: a
-    multiple of GROUP_NORM_GROUPS. score_threshold, nms_threshold: for inference; None is the form's published value.
+    num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`; caffe also
+    chooses the pixel mean of Detectron's weights and std 1. original: the form in the table at the top.
+    fpn_channels: a multiple of GROUP_NORM_GROUPS. score_threshold, nms_threshold: for inference; None
+    is the form's published value.
 
-    images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4) px;
-    gt_labels (B, G) int64, -1 = padding, -2 = crowd.
+    images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4)
+    px; gt_labels (B, G) int64, -1 = padding, -2 = crowd.
     train(): model(images, sizes, gt_boxes, gt_labels) -> {"cls", "box", "centerness"}, each ()
     eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
     """
 
-    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False, original: bool = False,
-                 norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
+    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
+                 original: bool = False, norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
                  score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):
         super().__init__()
         self.original, self.score_threshold = original, score_threshold
@@ -253,12 +260,14 @@ class FCOS(nn.Module):
         for name, value in zip(("pixel_mean", "pixel_std"), pixels):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
 
-    def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None, gt_labels: Tensor | None = None):
+    def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None,
+                gt_labels: Tensor | None = None):
         outputs = self.network(images, sizes)
         return self.losses(outputs, gt_boxes, gt_labels) if self.training else self.detections(outputs, sizes)
 
     def network(self, images: Tensor, sizes: Tensor) -> dict:
-        """Everything that is learned: head outputs of all points (see `FCOSHead`) and (height, width) of the levels."""
+        """Everything that is learned: head outputs of all points (see `FCOSHead`) and
+        (height, width) of the levels."""
         images = normalise_images(images, sizes, self.pixel_mean, self.pixel_std)
         features = self.fpn(self.backbone(images)[1:])
         logits, ltrb, centerness = self.head(features)
@@ -280,22 +289,25 @@ class FCOS(nn.Module):
         ltrb = outputs["ltrb"] if self.original else outputs["ltrb"] * strides[:, None]
         boxes = fcos_decode(points, ltrb)
         level_sizes = [height * width for height, width in outputs["shapes"]]
-        return [fcos_detections(outputs["logits"][i], boxes[i], outputs["centerness"][i], level_sizes, *sizes[i],
-                                self.score_threshold, self.nms_threshold) for i in range(len(sizes))]
+        return [fcos_detections(outputs["logits"][i], boxes[i], outputs["centerness"][i], level_sizes,
+                                *sizes[i], self.score_threshold, self.nms_threshold)
+                for i in range(len(sizes))]
 
 
 def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """mmdetection's FCOS weights (2.x and 3.x) under our names, for a strict load into the matching `FCOS`.
 
-    The matching model: original=True where the towers have no bias; caffe=True for a ResNet, False for a ResNeXt.
-    Caffe weights saw BGR: conv1 is flipped to RGB. pixel_mean and pixel_std of the published recipe are added.
+    The matching model: original=True where the towers have no bias; caffe=True for a ResNet,
+    False for a ResNeXt. Caffe weights saw BGR: conv1 is flipped to RGB. pixel_mean and pixel_std
+    of the published recipe are added.
     """
-    rules = (("neck.lateral_convs.0.conv.", "fpn.lateral.0."), ("neck.lateral_convs.1.conv.", "fpn.lateral.1."),
-             ("neck.lateral_convs.2.conv.", "fpn.lateral.2."), ("neck.fpn_convs.0.conv.", "fpn.output.0."),
-             ("neck.fpn_convs.1.conv.", "fpn.output.1."), ("neck.fpn_convs.2.conv.", "fpn.output.2."),
-             ("neck.fpn_convs.3.conv.", "fpn.p6."), ("neck.fpn_convs.4.conv.", "fpn.p7."),
-             ("bbox_head.conv_cls.", "head.cls_logits."), ("bbox_head.conv_reg.", "head.ltrb."),
-             ("bbox_head.conv_centerness.", "head.centerness."))
+    rules = (
+        ("neck.lateral_convs.0.conv.", "fpn.lateral.0."), ("neck.lateral_convs.1.conv.", "fpn.lateral.1."),
+        ("neck.lateral_convs.2.conv.", "fpn.lateral.2."), ("neck.fpn_convs.0.conv.", "fpn.output.0."),
+        ("neck.fpn_convs.1.conv.", "fpn.output.1."), ("neck.fpn_convs.2.conv.", "fpn.output.2."),
+        ("neck.fpn_convs.3.conv.", "fpn.p6."), ("neck.fpn_convs.4.conv.", "fpn.p7."),
+        ("bbox_head.conv_cls.", "head.cls_logits."), ("bbox_head.conv_reg.", "head.ltrb."),
+        ("bbox_head.conv_centerness.", "head.centerness."))
     renamed = {}
     for key, value in state_dict.items():
         for old, new in rules:

@@ -1,17 +1,18 @@
 """Train a detector.
 
-    python train.py --model fcos                                  built-in shapes, minutes on a laptop CPU
-    python train.py --data coco --micro-batch 4                   COCO on one GPU: 16 images a step, 4 at a time
-    torchrun --nproc_per_node 8 train.py --data coco              COCO on 8 GPUs, 2 images each
+    python train.py --model fcos                              built-in shapes, minutes on a laptop CPU
+    python train.py --data coco --micro-batch 4               COCO on one GPU: 16 images a step, 4 at a time
+    torchrun --nproc_per_node 8 train.py --data coco          COCO on 8 GPUs, 2 images each
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data coco
     python train.py --data my_data --epochs 30 --init runs/fcos/last.pth --resume
 
-The file reads from top to bottom: arguments, learning rate, parameter groups, checkpoints, then main(), in which the
-training loop is written out. The README has a recipe for every published number.
+The file reads from top to bottom: arguments, learning rate, parameter groups, checkpoints, then main(), in
+which the training loop is written out. The README has a recipe for every published number.
 """
 import os
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported for --device npu, and only then
+# torch_npu is imported for --device npu, and only then.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import argparse
 import json
@@ -37,14 +38,16 @@ from evaluate import build_model, evaluate, read_checkpoint, run_script, setup_d
 
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
 # Steps at the reference batch and where the lr drops tenfold (Detectron's model zoo).
-SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)), "s1x": (130_000, (100_000, 120_000))}
+SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
+             "s1x": (130_000, (100_000, 120_000))}
 WARMUP_FACTOR = 1 / 3
 MOMENTUM = 0.9
 BIAS_LR_FACTOR, BIAS_DECAY = 2.0, 0.0  # of convolution biases (FCOS's published recipe)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes: small on the built-in set, the published recipe elsewhere.
-SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128], "max_size": 128,
-                   "train_split": "train", "val_split": "val", "epochs": 2.0, "lr": 0.02, "warmup_steps": 50}
+SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
+                   "max_size": 128, "train_split": "train", "val_split": "val", "epochs": 2.0, "lr": 0.02,
+                   "warmup_steps": 50}
 DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "min_size": [800], "max_size": 1333,
             "train_split": "train2017", "val_split": "val2017", "lr": 0.01, "warmup_steps": 500}
 
@@ -53,18 +56,23 @@ DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "min_size": [800], "max
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments with every default filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="fcos", choices=("fcos",))
-    model.add_argument("--original", action="store_true", help="FCOS as first published, without the improvements")
+    model.add_argument("--original", action="store_true",
+                       help="FCOS as first published, without the improvements")
     model.add_argument("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
-    model.add_argument("--weights", help="ImageNet weights: none, a file, or a backbone's name for torchvision's "
-                                         "(default: torchvision's; shapes: none)")
-    model.add_argument("--caffe", action="store_true", help="stride on the first 1x1: for Detectron's R-50, R-101")
+    model.add_argument("--weights",
+                       help="ImageNet weights: none, a file, or a backbone's name for torchvision's "
+                            "(default: torchvision's; shapes: none)")
+    model.add_argument("--caffe", action="store_true",
+                       help="stride on the first 1x1: for Detectron's R-50, R-101")
     model.add_argument("--norm", choices=("frozen", "affine", "batch"),
-                       help="batch norm of the backbone: fixed, trained scale, ordinary (default: frozen with "
-                            "--weights, batch from scratch)")
-    model.add_argument("--freeze-at", type=int, help="stages that do not train (default: 2 with --weights, else 0)")
+                       help="batch norm of the backbone: fixed, trained scale, ordinary "
+                            "(default: frozen with --weights, batch from scratch)")
+    model.add_argument("--freeze-at", type=int,
+                       help="stages that do not train (default: 2 with --weights, else 0)")
     model.add_argument("--fpn-channels", type=int, help="default: 256 (shapes: 64)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", help="'shapes' or a folder in COCO or VOC layout")
@@ -74,20 +82,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train-images", help="folder of its images")
     data.add_argument("--val-json", help="COCO-format file, with --val-images")
     data.add_argument("--val-images", help="folder of its images")
-    data.add_argument("--min-size", type=int, nargs="+", help="short side in px; of several one is drawn per image "
-                                                              "(default: 800; shapes: 128)")
-    data.add_argument("--max-size", type=int, help="limit of the long side in px (default: 1333; shapes: 128)")
+    data.add_argument("--min-size", type=int, nargs="+",
+                      help="short side in px; of several one is drawn per image (default: 800; shapes: 128)")
+    data.add_argument("--max-size", type=int,
+                      help="limit of the long side in px (default: 1333; shapes: 128)")
     data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
-    data.add_argument("--drop-empty", action="store_true", help="leave images without objects out of training")
+    data.add_argument("--drop-empty", action="store_true",
+                      help="leave images without objects out of training")
     data.add_argument("--use-difficult", action="store_true", help="train on VOC's difficult objects")
     data.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4)")
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch-size", type=int, default=REFERENCE_BATCH, help="images per step, all ranks together")
-    optim.add_argument("--micro-batch", type=int, help="images per rank at a time; gradients add up to the batch size "
-                                                       "(default: all at once)")
-    optim.add_argument("--lr", type=float, help="for a batch of 16, scaled linearly (default: 0.01; shapes: 0.02)")
-    optim.add_argument("--schedule", default="1x", choices=SCHEDULES, help="steps and lr drops, for a batch of 16")
-    optim.add_argument("--epochs", type=float, help="length instead of the schedule's; lr drops at the same fractions")
+    optim.add_argument("--batch-size", type=int, default=REFERENCE_BATCH,
+                       help="images per step, all ranks together")
+    optim.add_argument("--micro-batch", type=int,
+                       help="images per rank at a time; gradients add up to the batch size "
+                            "(default: all at once)")
+    optim.add_argument("--lr", type=float,
+                       help="for a batch of 16, scaled linearly (default: 0.01; shapes: 0.02)")
+    optim.add_argument("--schedule", default="1x", choices=SCHEDULES,
+                       help="steps and lr drops, for a batch of 16")
+    optim.add_argument("--epochs", type=float,
+                       help="length instead of the schedule's; lr drops at the same fractions")
     optim.add_argument("--max-steps", type=int, help="length in steps, likewise")
     optim.add_argument("--warmup-steps", type=int, help="default: 500 or a tenth of the run (shapes: 50)")
     optim.add_argument("--weight-decay", type=float, default=1e-4)
@@ -117,16 +132,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.freeze_at = (0 if scratch else 2) if args.freeze_at is None else args.freeze_at
     args.out = args.out or Path("runs") / args.model
     args.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if args.workers is None else args.workers
-    for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch", "max_steps",
-                 "epochs", "eval_every"):
+    for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
+                 "max_steps", "epochs", "eval_every"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if min(args.min_size) <= 0:
         parser.error(f"--min-size must be positive, not {min(args.min_size)}")
     if args.max_steps and args.epochs:
         parser.error("give --epochs or --max-steps, not both")
-    if args.fpn_channels % 32:
-        parser.error(f"--fpn-channels must be a multiple of 32 (group norm), not {args.fpn_channels}")
+    # At 32 a group norm group would be one channel: nothing to normalise on a 1 x 1 level.
+    if args.fpn_channels % 64:
+        parser.error(f"--fpn-channels must be a multiple of 64 (32 groups of two or more), "
+                     f"not {args.fpn_channels}")
     if not 0 <= args.freeze_at <= 5:
         parser.error(f"--freeze-at must be 0..5 (stem and four stages), not {args.freeze_at}")
     if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
@@ -143,7 +160,8 @@ def _is_positive(text: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------- optimisation
 
-def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int, constant_warmup: bool) -> float:
+def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int,
+                  constant_warmup: bool) -> float:
     """Rate of a step (0-based): warm-up from WARMUP_FACTOR, linear or constant, then a tenth after each drop.
 
     A function of the step alone, so that a resumed run continues it by construction.
@@ -155,11 +173,13 @@ def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """SGD groups: convolution biases learn at BIAS_LR_FACTOR times the rate and do not decay; all else is plain.
+    """SGD groups: convolution biases learn at BIAS_LR_FACTOR times the rate and do not decay;
+    all else is plain.
 
     As in mmdetection 2.x the weight and bias of a norm layer are not such biases: both decay.
     """
-    convolutions = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    convolutions = {f"{name}.bias" for name, module in model.named_modules()
+                    if isinstance(module, torch.nn.Conv2d)}
     plain, biases = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -181,13 +201,17 @@ def save_checkpoint(path: Path, content: dict):
 
 
 def load_init(model: torch.nn.Module, path: str, names: list[str]):
-    """Weights to fine-tune from. The class predictor of a checkpoint with other classes is left as initialised."""
+    """Weights to fine-tune from. The class predictor of a checkpoint with other classes is left as
+    initialised."""
     checkpoint = read_checkpoint(path)
     state, own = checkpoint["model"], model.state_dict()
-    replaced = [key for key in own if key.startswith("head.cls_logits.") and checkpoint["names"] != list(names)]
-    wrong = [key for key in own if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
+    replaced = [key for key in own
+                if key.startswith("head.cls_logits.") and checkpoint["names"] != list(names)]
+    wrong = [key for key in own
+             if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
     if wrong or set(state) - set(own):
-        raise WeightsError(f"{path}: not this model (different in {(wrong or sorted(set(state) - set(own)))[:3]}); "
+        raise WeightsError(f"{path}: not this model (different in "
+                           f"{(wrong or sorted(set(state) - set(own)))[:3]}); "
                            f"it was trained with --backbone {checkpoint['args']['backbone']} --fpn-channels "
                            f"{checkpoint['args']['fpn_channels']}, original={checkpoint['args']['original']}")
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key not in replaced}})
@@ -212,8 +236,8 @@ def environment(device: torch.device, world: int) -> str:
                          capture_output=True, text=True)
     name = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu"
             else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    return (f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {device.type} "
-            f"({name}), {world} rank(s), commit {git.stdout.strip() or 'unknown'}")
+    return (f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+            f"{device.type} ({name}), {world} rank(s), commit {git.stdout.strip() or 'unknown'}")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -235,8 +259,8 @@ def main():
         raise SystemExit(f"error: --batch-size {args.batch_size} is not divisible by {world} ranks")
     micro_batch = args.micro_batch or args.batch_size // world
     if args.batch_size % (world * micro_batch):
-        raise SystemExit(f"error: --batch-size {args.batch_size} is not {world} ranks x a multiple of --micro-batch "
-                         f"{micro_batch}")
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not {world} ranks x a multiple of "
+                         f"--micro-batch {micro_batch}")
     accumulate = args.batch_size // (world * micro_batch)
     if args.amp == "fp16" and device.type == "cpu":
         raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
@@ -252,8 +276,8 @@ def main():
             say(line)
     filled = train_set.non_empty(args.use_difficult)
     indices = filled if args.drop_empty else np.arange(len(train_set))
-    say(f"{len(indices)} training images, {len(train_set) - len(filled)} of {len(train_set)} have no object to learn"
-        f" ({'dropped' if args.drop_empty else 'kept: --drop-empty leaves them out'})")
+    say(f"{len(indices)} training images, {len(train_set) - len(filled)} of {len(train_set)} have no object "
+        f"to learn ({'dropped' if args.drop_empty else 'kept: --drop-empty leaves them out'})")
     if len(filled) == 0:
         raise DataError("there is no object to learn in the training data")
 
@@ -265,9 +289,9 @@ def main():
     drops = [round(max_steps * drop / schedule_steps) for drop in schedule_drops]
     warmup_steps = min(args.warmup_steps, max_steps // 10)
     base_lr = args.lr * args.batch_size / REFERENCE_BATCH
-    say(f"lr {base_lr:g} = {args.lr:g} x {args.batch_size}/{REFERENCE_BATCH}, warm-up {warmup_steps} steps, a tenth "
-        f"from steps {drops}; {max_steps} steps = {max_steps / batches.steps_per_epoch:.1f} epochs of "
-        f"{batches.steps_per_epoch}")
+    say(f"lr {base_lr:g} = {args.lr:g} x {args.batch_size}/{REFERENCE_BATCH}, warm-up {warmup_steps} steps, "
+        f"a tenth from steps {drops}; {max_steps} steps = {max_steps / batches.steps_per_epoch:.1f} epochs "
+        f"of {batches.steps_per_epoch}")
     say(f"batch {args.batch_size} = {world} rank(s) x {accumulate} micro-batch(es) x {micro_batch} images"
         + (", each micro-batch normalised by its own number of positives" if accumulate > 1 else ""))
 
@@ -278,13 +302,15 @@ def main():
         load_init(model, args.init, train_set.names)
     elif args.weights != "none" and not args.resume:
         pixels = load_imagenet(model.backbone, args.weights)
-        if pixels[1] != tuple(model.pixel_std.flatten().tolist()):  # a style decides the mean; the std must be the file's
+        # A style decides the mean; the std must be the file's.
+        if pixels[1] != tuple(model.pixel_std.flatten().tolist()):
             for buffer, value in zip((model.pixel_mean, model.pixel_std), pixels):
                 buffer.copy_(torch.tensor(value).view(3, 1, 1))
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=base_lr, momentum=MOMENTUM)
     static_scale = None if args.loss_scale == "dynamic" else float(args.loss_scale)
-    scaler = torch.amp.GradScaler(device.type, init_scale=static_scale or 2.0 ** 16, enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, init_scale=static_scale or 2.0 ** 16,
+                                  enabled=args.amp == "fp16")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them train")
 
@@ -306,7 +332,8 @@ def main():
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path}: cannot resume, it holds another model ({str(error)[:200]})") from error
+            raise WeightsError(f"{path}: cannot resume, it holds another model "
+                               f"({str(error)[:200]})") from error
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
@@ -318,9 +345,9 @@ def main():
         states = rng_states(world)
         if rank > 0:
             return
-        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                   "step": step, "rng": states, "args": settings, "names": train_set.names,
-                   "category_ids": train_set.category_ids}
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "scaler": scaler.state_dict(), "step": step, "rng": states, "args": settings,
+                   "names": train_set.names, "category_ids": train_set.category_ids}
         save_checkpoint(args.out / "last.pth", content)
         if args.keep:
             save_checkpoint(args.out / f"step_{step}.pth", content)
@@ -329,9 +356,10 @@ def main():
     ddp = model if world == 1 else DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device.index])
     batches.start, batches.stop = start, max_steps
-    loader = iter(DataLoader(TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
-                             batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                             collate_fn=partial(collate, pad_to=args.pad_to)))
+    loader = iter(DataLoader(
+        TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
+        batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
+        collate_fn=partial(collate, pad_to=args.pad_to)))
     # A signal only leaves a note: the step ends first, then all ranks save and stop together.
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -368,10 +396,11 @@ def main():
         not_finite, stopping = stop.tolist()
         if not_finite:
             if not torch.isfinite(total):
-                print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, images {image_ids}",
-                      flush=True)
-            raise SystemExit(f"error: the loss is not finite at step {step}; {args.out / 'last.pth'} was not touched. "
-                             f"Lower --lr, lengthen --warmup-steps or lower --clip" if rank == 0 else 1)
+                print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, "
+                      f"images {image_ids}", flush=True)
+            raise SystemExit(f"error: the loss is not finite at step {step}; {args.out / 'last.pth'} was not "
+                             f"touched. Lower --lr, lengthen --warmup-steps or lower --clip"
+                             if rank == 0 else 1)
         scaler.unscale_(optimizer)
         if args.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -388,14 +417,15 @@ def main():
                 dist.all_reduce(means)
             seconds = time.perf_counter() - window
             row = {"step": done, "epoch": round(done / batches.steps_per_epoch, 3),
-                   "loss": sum((means / world).tolist()), **dict(zip(names, (means / world).tolist())), "lr": lr,
-                   "data_s": data_seconds / steps, "step_s": seconds / steps,
+                   "loss": sum((means / world).tolist()), **dict(zip(names, (means / world).tolist())),
+                   "lr": lr, "data_s": data_seconds / steps, "step_s": seconds / steps,
                    "images_per_s": steps * args.batch_size / seconds, "memory_gb": peak_memory(device),
                    "eta_s": (max_steps - done) * seconds / steps}
             say(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
                 + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *names))
-                + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  {row['images_per_s']:.1f} "
-                  f"images/s  {row['memory_gb']:.2f} GB  ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}")
+                + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  "
+                  f"{row['images_per_s']:.1f} images/s  {row['memory_gb']:.2f} GB  "
+                  f"ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}")
             if rank == 0:
                 print(json.dumps(row), file=log_file, flush=True)
             loss_sums, data_seconds, window = {}, 0.0, time.perf_counter()
@@ -405,8 +435,9 @@ def main():
             say(f"interrupted: saved {args.out / 'last.pth'} at step {done}; go on with --resume")
             return
         if val_set and (done == max_steps or args.eval_every and done % args.eval_every == 0):
-            evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size, workers=args.workers,
-                     amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to, pictures=args.pictures)
+            evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size,
+                     workers=args.workers, amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to,
+                     pictures=args.pictures)
             window = time.perf_counter()
 
 

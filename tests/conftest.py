@@ -5,13 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DETECTION_SHARED", ROOT.parent / "shared"))
 DATA = Path(os.environ.get("DETECTION_DATA", SHARED / "data"))
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture

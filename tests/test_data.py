@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from data import (CROWD, PADDING, DataError, StepBatches, TrainSamples, collate, load_sample, open_dataset,
-                  read_image, resized_shape)
+from data import CROWD, PADDING, DataError, TrainSamples, collate, load_sample, open_dataset, resized_shape
 
 
 @pytest.fixture
@@ -26,8 +25,10 @@ def coco(tmp_path):
                        {"id": 3, "file_name": "b.jpg", "width": 30, "height": 40},
                        {"id": 9, "file_name": "c.jpg", "width": 64, "height": 32}],
             "annotations": [
-                {"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 10, 20], "area": 150, "iscrowd": 0},
-                {"id": 2, "image_id": 7, "category_id": 5, "bbox": [0, 0, 40, 30], "area": 1200, "iscrowd": 0},
+                {"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 10, 20], "area": 150,
+                 "iscrowd": 0},
+                {"id": 2, "image_id": 7, "category_id": 5, "bbox": [0, 0, 40, 30], "area": 1200,
+                 "iscrowd": 0},
                 {"id": 4, "image_id": 7, "category_id": 90, "bbox": [5, 5, 8, 8], "iscrowd": 1}],
             "categories": [{"id": 5, "name": "cat"}, {"id": 90, "name": "dog"}]}
         change(content)
@@ -53,17 +54,20 @@ def test_coco_boxes_classes_and_ids(coco):
 
 BROKEN = {  # change of the json: what the message must name
     "lacks bbox": (lambda c: c["annotations"][0].pop("bbox"), ["bbox", "'id': 1"]),
-    "unknown category": (lambda c: c["annotations"][0].update(category_id=4), ["annotation 1", "image 3", "category 4"]),
+    "unknown category": (lambda c: c["annotations"][0].update(category_id=4),
+                         ["annotation 1", "image 3", "category 4"]),
     "no such image": (lambda c: c["annotations"][1].update(image_id=77), ["annotation 2", "image 77"]),
     "duplicate annotation": (lambda c: c["annotations"][1].update(id=1), ["annotation id 1", "2 times"]),
     "duplicate image": (lambda c: c["images"][1].update(id=7), ["image id 7", "2 times"]),
     "duplicate category": (lambda c: c["categories"][1].update(id=5), ["category id 5"]),
     "bbox of three": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ["annotation 1", "[1, 2, 3]"]),
-    "bbox of text": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), ["annotation 1", "['1', 2, 3, 4]"]),
+    "bbox of text": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]),
+                     ["annotation 1", "['1', 2, 3, 4]"]),
     "image of no size": (lambda c: c["images"][0].update(width=0), ["image 7", "width 0"]),
     "no categories": (lambda c: c.update(categories=[]), ["0 categories"]),
     "not COCO": (lambda c: c.pop("annotations"), ["not a COCO annotation file", "'annotations'"]),
-    "missing picture": (lambda c: c["images"][2].update(file_name="x.jpg"), ["x.jpg does not exist", "1 of 3"]),
+    "missing picture": (lambda c: c["images"][2].update(file_name="x.jpg"),
+                        ["x.jpg does not exist", "1 of 3"]),
 }
 
 
@@ -78,7 +82,8 @@ def test_structural_errors_stop_and_name_the_culprit(coco, case):
 
 @pytest.mark.parametrize(("bbox", "why"), [
     ([5, 5, -3, 4], "no area"), ([5, 5, 0, 4], "no area"), ([float("nan"), 5, 3, 4], "not finite"),
-    ([5, 5, float("inf"), 4], "not finite"), ([50, 5, 3, 4], "outside its 40 x 30"), ([-9, 5, 9, 4], "outside")])
+    ([5, 5, float("inf"), 4], "not finite"), ([50, 5, 3, 4], "outside its 40 x 30"),
+    ([-9, 5, 9, 4], "outside")])
 def test_unusable_boxes_are_named_counted_and_left_out(coco, bbox, why):
     dataset = open_dataset(coco(lambda c: c["annotations"][1].update(bbox=bbox)), "train2017")
     assert len(dataset.boxes) == 2 and dataset.objects(0)[1].tolist() == [CROWD]
@@ -167,7 +172,8 @@ def test_real_coco(coco_mini):
 
 # ---------------------------------------------------------------------------- VOC
 
-VOC_FILE = """<annotation><size><width>{width}</width><height>30</height><depth>3</depth></size>{objects}</annotation>"""
+VOC_FILE = ("<annotation><size><width>{width}</width><height>30</height><depth>3</depth></size>"
+            "{objects}</annotation>")
 VOC_OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
               "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>")
 
@@ -208,11 +214,13 @@ def test_voc_own_classes_and_size_from_the_picture(voc):
 def test_voc_mistakes_are_named(voc, tmp_path):
     dataset = open_dataset(voc(("dog", 0, 9, 9, 9, 20), ("dog", 0, 9, 9, 5, 20), ("dog", 0, 2, 2, 9, 9)),
                            "2007_trainval")
-    assert len(dataset.boxes) == 1 and "000001.xml: object 1 (dog), bndbox [9.0, 9.0, 9.0, 20.0]" in dataset.notes[0]
+    assert (len(dataset.boxes) == 1
+            and "000001.xml: object 1 (dog), bndbox [9.0, 9.0, 9.0, 20.0]" in dataset.notes[0])
     with pytest.raises(DataError, match="YEAR_SPLIT"):
         open_dataset(str(tmp_path), "trainval")
     base = tmp_path / "VOC2007"
-    (base / "Annotations" / "000001.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
+    (base / "Annotations" / "000001.xml").write_text(
+        "<annotation><object><name>dog</name></object></annotation>")
     with pytest.raises(DataError, match="000001.xml: not a VOC annotation"):
         open_dataset(str(tmp_path), "2007_trainval")
     (base / "Annotations" / "000001.xml").write_text("<annotation>")
@@ -234,13 +242,14 @@ def test_real_voc_with_its_two_broken_rows(bccd):
 def test_every_mode_becomes_rgb(tmp_path):
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
     for name, image in {
-            "grey": Image.fromarray((ramp / 257).astype(np.uint8)), "sixteen": Image.fromarray(ramp.astype(np.uint16)),
+            "grey": Image.fromarray((ramp / 257).astype(np.uint8)),
+            "sixteen": Image.fromarray(ramp.astype(np.uint16)),
             "float": Image.fromarray((ramp / 257).astype(np.float32)), "cmyk": Image.new("CMYK", (8, 8)),
             "alpha": Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "bit": Image.new("1", (8, 8), 1),
             "palette": Image.new("RGB", (8, 8), "red").quantize(), "la": Image.new("LA", (8, 8))}.items():
         path = tmp_path / f"{name}.tiff"
         image.save(path)
-        read = read_image(str(path))
+        read = data.read_image(str(path))
         assert read.mode == "RGB" and read.size == (8, 8)
         if name in ("grey", "sixteen", "float"):  # 16 bits are scaled down, not cut off at 255
             np.testing.assert_allclose(np.asarray(read)[..., 0], ramp / 257, atol=1)
@@ -289,7 +298,8 @@ def test_flip_and_resize_move_boxes_with_the_picture(coco, tmp_path):
 def test_batches_are_padded_at_the_right_and_bottom(coco):
     dataset = open_dataset(coco(), "train2017")
     batch = collate([load_sample(dataset, i, 30, 60) for i in (0, 1, 2)])
-    # 40 x 30 stays, 30 x 40 stays, 64 x 32 becomes 60 x 30: the largest, 40 high and 60 wide, rounded up to 32
+    # 40 x 30 stays, 30 x 40 stays, 64 x 32 becomes 60 x 30: the largest, 40 high and 60 wide,
+    # rounded up to 32
     assert batch["images"].shape == (3, 3, 64, 64) and batch["images"].dtype == torch.uint8
     assert batch["sizes"].tolist() == [[30, 40], [40, 30], [30, 60]]
     assert batch["gt_boxes"].shape == (3, 2, 4) and batch["gt_boxes"].dtype == torch.float32
@@ -306,7 +316,7 @@ def test_batches_are_padded_at_the_right_and_bottom(coco):
 # ---------------------------------------------------------------------------- batches
 
 def steps(dataset, **kwargs):
-    return list(StepBatches(dataset, np.arange(len(dataset)), **kwargs))
+    return list(data.StepBatches(dataset, np.arange(len(dataset)), **kwargs))
 
 
 def test_ranks_and_micro_batches_share_out_the_same_images():
@@ -322,7 +332,7 @@ def test_ranks_and_micro_batches_share_out_the_same_images():
 
 def test_an_epoch_shows_every_image_and_each_step_one_aspect_ratio_group():
     dataset = open_dataset("shapes", "val")
-    batches = StepBatches(dataset, np.arange(200), 8, seed=3)
+    batches = data.StepBatches(dataset, np.arange(200), 8, seed=3)
     epoch = batches.epoch(0)
     assert len(epoch) == batches.steps_per_epoch and set(epoch.flatten()) == set(range(200))
     wide = dataset.sizes[:, 1] >= dataset.sizes[:, 0]
@@ -332,12 +342,14 @@ def test_an_epoch_shows_every_image_and_each_step_one_aspect_ratio_group():
 
 def test_a_restart_continues_the_stream():
     dataset = open_dataset("shapes", "val")
-    assert steps(dataset, batch_size=16, start=0, stop=30)[17:] == steps(dataset, batch_size=16, start=17, stop=30)
+    assert (steps(dataset, batch_size=16, start=0, stop=30)[17:]
+            == steps(dataset, batch_size=16, start=17, stop=30))
 
 
 def test_a_set_smaller_than_the_batch_is_repeated(coco):
     dataset = open_dataset(coco(), "train2017")
-    assert sorted(i for _, i in steps(dataset, batch_size=4, start=0, stop=2)[0]) in ([0, 0, 2, 2], [1, 1, 1, 1])
+    assert (sorted(i for _, i in steps(dataset, batch_size=4, start=0, stop=2)[0])
+            in ([0, 0, 2, 2], [1, 1, 1, 1]))
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -370,7 +382,8 @@ def test_shapes_do_not_change_between_reads_and_differ_between_splits():
     train, val, again = (open_dataset("shapes", s) for s in ("train", "val", "val"))
     assert np.array_equal(np.asarray(val.image(5)), np.asarray(again.image(5)))
     assert np.array_equal(val.boxes, again.boxes)
-    assert not any(np.array_equal(train.objects(i)[0], val.objects(i)[0]) for i in range(50) if len(val.objects(i)[0]))
+    assert not any(np.array_equal(train.objects(i)[0], val.objects(i)[0])
+                   for i in range(50) if len(val.objects(i)[0]))
     # One number that changes with the drawing code: published AP values belong to these pictures.
     assert int(np.asarray(val.image(0), np.int64).sum()) == 5829278
 

@@ -21,9 +21,10 @@ from evaluate import METRICS, detect, draw, load_model, read_results, score, voc
 def dataset_of(boxes, classes, images, sizes=((100, 100),) * 3, difficult=None, voc=False, names=("a", "b")):
     """A dataset without pictures, with sparse category ids 5 and 90."""
     boxes, count = np.array(boxes, float).reshape(-1, 4), len(classes)
-    return DetectionDataset(names, [5, 90][:len(names)], np.arange(len(sizes)) + 11, ["x.jpg"] * len(sizes), sizes, boxes,
-                            classes, (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), np.zeros(count, bool),
-                            np.zeros(count, bool) if difficult is None else difficult, images, voc=voc)
+    return DetectionDataset(names, [5, 90][:len(names)], np.arange(len(sizes)) + 11, ["x.jpg"] * len(sizes),
+                            sizes, boxes, classes, (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+                            np.zeros(count, bool), np.zeros(count, bool) if difficult is None else difficult,
+                            images, voc=voc)
 
 
 def found(image_id, box, score, category=5):
@@ -36,7 +37,8 @@ def found(image_id, box, score, category=5):
 def test_perfect_detections_score_one():
     boxes = [[10, 10, 30, 30], [40, 40, 90, 90], [0, 0, 20, 50]]
     dataset = dataset_of(boxes, [0, 1, 0], [0, 0, 1])
-    metrics = score(dataset, [found(11, boxes[0], 0.9), found(11, boxes[1], 0.8, 90), found(12, boxes[2], 0.7)])
+    metrics = score(dataset, [found(11, boxes[0], 0.9), found(11, boxes[1], 0.8, 90),
+                              found(12, boxes[2], 0.7)])
     assert metrics["AP"] == metrics["AP50"] == pytest.approx(1.0)
     assert metrics["per_class"] == {"a": pytest.approx(1.0), "b": pytest.approx(1.0)}
     assert metrics["APl"] is None  # nothing is larger than 96 x 96
@@ -45,7 +47,8 @@ def test_perfect_detections_score_one():
 
 def test_classes_without_objects_are_not_counted():
     metrics = score(dataset_of([[10, 10, 30, 30]], [0], [0]), [found(11, [10, 10, 30, 30], 0.9)])
-    assert metrics["per_class"] == {"a": pytest.approx(1.0), "b": None} and metrics["AP"] == pytest.approx(1.0)
+    assert (metrics["per_class"] == {"a": pytest.approx(1.0), "b": None}
+            and metrics["AP"] == pytest.approx(1.0))
 
 
 def test_category_order_of_the_model_does_not_mix_up_classes():
@@ -93,14 +96,15 @@ def test_foreign_detections_are_refused():
 
 def test_voc_ap_by_hand():
     boxes = [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]]
-    dataset = dataset_of(boxes, [0] * 4, [0] * 4, difficult=[False, False, False, True], voc=True, names=("a",))
+    dataset = dataset_of(boxes, [0] * 4, [0] * 4, difficult=[False, False, False, True], voc=True,
+                         names=("a",))
     results = [found(11, boxes[0], 0.9),             # hit: precision 1, recall 1/3
                found(11, [0, 0, 10, 9], 0.8),        # the same object again: precision 1/2
                found(11, boxes[3], 0.75),            # a difficult one: does not count
                found(11, [20, 0, 30, 12], 0.7),      # IoU 100/120: hit, precision 2/3, recall 2/3
                found(11, [40, 0, 60, 10], 0.6)]      # IoU exactly 0.5: no hit, precision 2/4
-    # Area under the envelope: 1/3 * 1 + 1/3 * 2/3 = 5/9. Eleven points: 4 of them (0 .. 0.3) at 1, 3 (0.4 .. 0.6)
-    # at 2/3, the others at 0.
+    # Area under the envelope: 1/3 * 1 + 1/3 * 2/3 = 5/9. Eleven points: 4 of them (0 .. 0.3) at 1, 3
+    # (0.4 .. 0.6) at 2/3, the others at 0.
     assert voc_ap50(dataset, results, eleven_point=False)["a"] == pytest.approx(5 / 9)
     assert voc_ap50(dataset, results, eleven_point=True)["a"] == pytest.approx((4 + 3 * 2 / 3) / 11)
     metrics = score(dataset, results)
@@ -118,12 +122,15 @@ def test_voc_scores_equal_the_published_evaluator(tmp_path):
     names = record["voc_classes"]["1"]["all"]
     expected = record["evaluators"]["voc_2007_test_all1"]
     dataset = open_dataset(str(tmp_path / "datasets"), "2007_test", names=names)
-    # The official evaluator writes its detections with one decimal, and scores with three, before it reads them.
-    results = [found(image["image_id"], [round(b, 1) for b in (box[0] + 1, box[1] + 1, box[2], box[3])], round(s, 3),
-                     dataset.category_ids[c]) for image in expected["detections_xyxy"]
+    # The official evaluator writes its detections with one decimal, and scores with three, before
+    # it reads them.
+    results = [found(image["image_id"], [round(b, 1) for b in (box[0] + 1, box[1] + 1, box[2], box[3])],
+                     round(s, 3), dataset.category_ids[c])
+               for image in expected["detections_xyxy"]
                for box, s, c in zip(image["boxes"], image["scores"], image["classes"])]
     for result in results:  # back from pixels counted from 1
-        result["bbox"] = [result["bbox"][0] - 1, result["bbox"][1] - 1, result["bbox"][2] + 1, result["bbox"][3] + 1]
+        result["bbox"] = [result["bbox"][0] - 1, result["bbox"][1] - 1,
+                          result["bbox"][2] + 1, result["bbox"][3] + 1]
     average = voc_ap50(dataset, results, eleven_point=True)
     # It counts a class without objects as 0; the other eleven of the twenty must agree.
     known = [value for value in average.values() if value is not None]
@@ -136,8 +143,9 @@ def test_voc_scores_equal_the_published_evaluator(tmp_path):
 def trained(tmp_path_factory):
     """A checkpoint of three training steps on shapes."""
     out = tmp_path_factory.mktemp("run")
-    subprocess.run([sys.executable, str(evaluate.Path(evaluate.__file__).parent / "train.py"), "--max-steps", "3",
-                    "--batch-size", "4", "--no-eval", "--device", "cpu", "--workers", "0", "--out", str(out)],
+    subprocess.run([sys.executable, str(evaluate.Path(evaluate.__file__).parent / "train.py"),
+                    "--max-steps", "3", "--batch-size", "4", "--no-eval", "--device", "cpu", "--workers", "0",
+                    "--out", str(out)],
                    check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     return out / "last.pth"
 
@@ -157,7 +165,8 @@ def test_wrong_checkpoints_are_named(trained, tmp_path):
     checkpoint["args"]["backbone"] = "resnet34"
     torch.save(checkpoint, tmp_path / "mixed.pth")
     for name, words in (("none.pth", "none.pth does not exist"), ("other.pth", "other.pth: not a checkpoint"),
-                        ("cut.pth", "cut.pth: cannot be read"), ("mixed.pth", "mixed.pth: its weights do not fit")):
+                        ("cut.pth", "cut.pth: cannot be read"),
+                        ("mixed.pth", "mixed.pth: its weights do not fit")):
         with pytest.raises(WeightsError, match=words):
             load_model(tmp_path / name)
 
@@ -165,9 +174,10 @@ def test_wrong_checkpoints_are_named(trained, tmp_path):
 def subset(dataset, count):
     """The first images of shapes' validation split."""
     last = dataset.first[count]
-    part = DetectionDataset(dataset.names, dataset.category_ids, dataset.image_ids[:count], dataset.paths[:count],
-                            dataset.sizes[:count], dataset.boxes[:last], dataset.classes[:last], dataset.areas[:last],
-                            dataset.crowd[:last], dataset.difficult[:last],
+    part = DetectionDataset(dataset.names, dataset.category_ids, dataset.image_ids[:count],
+                            dataset.paths[:count], dataset.sizes[:count], dataset.boxes[:last],
+                            dataset.classes[:last], dataset.areas[:last], dataset.crowd[:last],
+                            dataset.difficult[:last],
                             np.repeat(np.arange(count), np.diff(dataset.first[:count + 1])))
     part.image = dataset.image
     return part
@@ -177,11 +187,13 @@ def test_detections_do_not_depend_on_the_batch_size(trained):
     model, _ = load_model(trained)
     model.score_threshold = 0.01
     dataset = subset(open_dataset("shapes", "val"), 12)
-    (one, timing), (many, _) = (detect(model, dataset, torch.device("cpu"), 128, 128, size, workers=0) for size in (1, 5))
+    (one, timing), (many, _) = (detect(model, dataset, torch.device("cpu"), 128, 128, size, workers=0)
+                                for size in (1, 5))
     assert len(one) == len(many) > 0 and set(timing) == {"loading", "network", "post-processing"}
     for a, b in zip(one, many):
         assert a["image_id"] == b["image_id"] and a["category_id"] == b["category_id"]
-        assert a["bbox"] == pytest.approx(b["bbox"], abs=2e-3) and a["score"] == pytest.approx(b["score"], abs=2e-6)
+        assert (a["bbox"] == pytest.approx(b["bbox"], abs=2e-3)
+                and a["score"] == pytest.approx(b["score"], abs=2e-6))
     assert all(isinstance(v, (int, float)) for v in one[0]["bbox"])
 
 
@@ -192,8 +204,8 @@ def test_the_command_scores_writes_and_rescores(trained, script, tmp_path):
     assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all" in out and "post-processing" in out
     first = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert len(list((tmp_path / "a" / "pictures").iterdir())) == 2
-    code, out, err = script("evaluate.py", "--detections", tmp_path / "a" / "detections.json", "--data", "shapes",
-                            "--split", "val", "--out", tmp_path / "b")
+    code, out, err = script("evaluate.py", "--detections", tmp_path / "a" / "detections.json",
+                            "--data", "shapes", "--split", "val", "--out", tmp_path / "b")
     assert code == 0, err
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert all(first[key] == again[key] for key in METRICS)
@@ -207,7 +219,8 @@ def test_a_folder_of_pictures_is_drawn(trained, script, tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("one.png", "two.jpg"):
         Image.new("RGB", (90, 70), "grey").save(tmp_path / "photos" / name)
-    code, out, err = script("evaluate.py", "--ckpt", trained, "--images", tmp_path / "photos", "--out", tmp_path / "d")
+    code, out, err = script("evaluate.py", "--ckpt", trained, "--images", tmp_path / "photos",
+                            "--out", tmp_path / "d")
     assert code == 0, err
     assert sorted(p.stem for p in (tmp_path / "d" / "pictures").iterdir()) == ["one.png", "two.jpg"]
     assert isinstance(read_results(tmp_path / "d" / "detections.json"), list)
@@ -215,7 +228,8 @@ def test_a_folder_of_pictures_is_drawn(trained, script, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--ckpt", "no.pth"], "error: checkpoint no.pth does not exist"),
-    (["--detections", "no.json", "--data", "shapes", "--split", "val"], "error: no.json: cannot be read as detections"),
+    (["--detections", "no.json", "--data", "shapes", "--split", "val"],
+     "error: no.json: cannot be read as detections"),
     ([], "give --ckpt, or --detections together with --data"),
     (["--ckpt", "CKPT", "--data", "nowhere"], "error: data folder nowhere does not exist"),
     (["--ckpt", "CKPT", "--images", "nowhere"], "error: nowhere: no pictures"),
@@ -233,7 +247,8 @@ def test_drawings_show_objects_and_detections(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "1.png"))
     assert picture.shape == (dataset.sizes[0][0] * 4, dataset.sizes[0][1] * 4, 3)
     plain = np.asarray(dataset.image(0).resize(picture.shape[1::-1]))
-    assert (picture != plain).any() and (picture[:8, :8] == plain[:8, :8]).all()  # scores under 0.3 are not drawn
+    # Scores under 0.3 are not drawn.
+    assert (picture != plain).any() and (picture[:8, :8] == plain[:8, :8]).all()
 
 
 def test_json_files_are_whole_or_absent(tmp_path, monkeypatch):

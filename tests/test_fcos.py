@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcos
 from backbone import FixedStatsBatchNorm2d
-from fcos import FCOS, centerness_targets, fcos_decode, fcos_detections, fcos_targets, image_points, level_points
+from fcos import FCOS, centerness_targets, fcos_decode, fcos_detections, fcos_targets, image_points
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -49,7 +49,8 @@ def golden():
 @pytest.fixture(scope="module")
 def published(golden):
     """Original FCOS with the rule-made weights of the golden run, and {mmdetection's key: ours}."""
-    weights = {key: torch.as_tensor(value) for key, value in rules.weights(golden[2]["fcos_a"], "fcos_a").items()}
+    weights = {key: torch.as_tensor(value)
+               for key, value in rules.weights(golden[2]["fcos_a"], "fcos_a").items()}
     model = FCOS(80, "resnet50", caffe=True, original=True)
     model.load_state_dict(fcos.rename_mmdet(weights), strict=True)
     # The rename moves tensors, so a tensor full of its own number finds its way back.
@@ -93,13 +94,14 @@ def test_losses_and_gradients_equal_the_published_ones(golden, published, name):
     sum(losses.values()).backward()
     norms = {key: p.grad.double().norm().item() for key, p in model.named_parameters() if p.requires_grad}
     assert {theirs for theirs, key in ours.items() if key in norms} == set(golden[0]["trainable"])
-    # One and two threads already differ by 3e-4 in single convolutions of this network (b1, where the gradient
-    # is a sum of cancelling terms); in float64 there would be nothing to tolerate.
+    # One and two threads already differ by 3e-4 in single convolutions of this network (b1, where the
+    # gradient is a sum of cancelling terms); in float64 there would be nothing to tolerate.
     for theirs, norm in golden[0]["grad_norm"][name].items():
         mine = math.hypot(*norms.values()) if theirs == "__total__" else norms[ours[theirs]]
         assert mine == pytest.approx(norm, rel=1e-3 if name == "b1" else 3e-4, abs=1e-9), theirs
     if name != "b1":
-        assert math.hypot(*norms.values()) == pytest.approx(golden[0]["grad_norm"][name]["__total__"], rel=1e-5)
+        assert math.hypot(*norms.values()) == pytest.approx(golden[0]["grad_norm"][name]["__total__"],
+                                                            rel=1e-5)
 
 
 def test_features_and_head_outputs_equal_the_published_ones(golden, published):
@@ -210,7 +212,7 @@ def test_of_nested_objects_the_smaller_one_wins():
 
 
 def test_points_lie_at_half_strides():
-    assert level_points(2, 2, 8).tolist() == [[4, 4], [12, 4], [4, 12], [12, 12]]
+    assert fcos.level_points(2, 2, 8).tolist() == [[4, 4], [12, 4], [4, 12], [12, 12]]
 
 
 def test_centerness_middle_and_off_centre():
@@ -303,10 +305,11 @@ def test_published_freezing():
     model = FCOS(3, "resnet50")
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert all(n.startswith("backbone.") for n in frozen)
-    assert {"backbone.conv1.weight", "backbone.layer1.2.conv3.weight", "backbone.layer4.0.bn1.weight"} <= frozen
+    assert {"backbone.conv1.weight", "backbone.layer1.2.conv3.weight",
+            "backbone.layer4.0.bn1.weight"} <= frozen
     assert "backbone.layer2.0.conv1.weight" not in frozen
-    assert all(isinstance(m, FixedStatsBatchNorm2d) for m in model.modules() if type(m).__name__.startswith("Batch")
-               or isinstance(m, torch.nn.BatchNorm2d))
+    assert all(isinstance(m, FixedStatsBatchNorm2d) for m in model.modules()
+               if type(m).__name__.startswith("Batch") or isinstance(m, torch.nn.BatchNorm2d))
 
 
 # ---------------------------------------------------------------------------- decoding
@@ -315,7 +318,8 @@ def test_score_is_class_score_times_centerness_and_the_threshold_sees_the_class_
     logits = torch.tensor([[0.0, -9.0], [-2.9, -9.0], [-3.0, -9.0]])  # sigmoid: 0.5, 0.0522, 0.0474
     boxes = torch.tensor([[0., 0., 10., 10.], [20., 0., 30., 10.], [40., 0., 50., 10.]])
     found = fcos_detections(logits, boxes, torch.tensor([0.0, -4.0, 4.0]), [3], 64, 64, 0.05, 0.6)
-    # 0.5 * sigmoid(0) = 0.25; 0.0522 * sigmoid(-4) = 0.0522 * 0.01799 = 0.00094, below the threshold and still there
+    # 0.5 * sigmoid(0) = 0.25; 0.0522 * sigmoid(-4) = 0.0522 * 0.01799 = 0.00094, below the threshold
+    # and still there
     assert found["scores"].tolist() == pytest.approx([0.25, 0.000938], abs=1e-5)
     assert found["boxes"].tolist() == boxes[:2].tolist()
 
@@ -328,8 +332,10 @@ def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
 
 
 def test_nothing_above_the_threshold_gives_empty_tensors():
-    found = fcos_detections(torch.full((4, 2), -9.0), torch.zeros(4, 4), torch.zeros(4), [3, 1], 8, 8, 0.05, 0.6)
-    assert found["boxes"].shape == (0, 4) and found["labels"].dtype == torch.int64 and len(found["scores"]) == 0
+    found = fcos_detections(torch.full((4, 2), -9.0), torch.zeros(4, 4), torch.zeros(4), [3, 1], 8, 8,
+                            0.05, 0.6)
+    assert (found["boxes"].shape == (0, 4) and found["labels"].dtype == torch.int64
+            and len(found["scores"]) == 0)
 
 
 def test_top_k_counts_point_class_pairs_per_level(monkeypatch):

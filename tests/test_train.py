@@ -39,20 +39,24 @@ def test_learning_rate_by_hand():
 
 
 def test_convolution_biases_learn_twice_as_fast_and_do_not_decay():
-    model = FCOS(3, "resnet18", fpn_channels=32)
+    model = FCOS(3, "resnet18", fpn_channels=64)
     plain, biases = parameter_groups(model, 1e-4)
     names = {id(p): n for n, p in model.named_parameters()}
     of = [{names[id(p)] for p in group["params"]} for group in (plain, biases)]
-    assert (plain["lr_factor"], plain["weight_decay"], biases["lr_factor"], biases["weight_decay"]) == (1, 1e-4, 2, 0)
+    assert (plain["lr_factor"], plain["weight_decay"],
+            biases["lr_factor"], biases["weight_decay"]) == (1, 1e-4, 2, 0)
     assert {"head.cls_logits.bias", "fpn.p6.bias", "head.cls_tower.0.bias"} <= of[1]
     assert {"head.cls_tower.1.bias", "head.cls_tower.1.weight", "head.scales.0", "fpn.p6.weight"} <= of[0]
     assert of[0] | of[1] == {n for n, p in model.named_parameters() if p.requires_grad} and not of[0] & of[1]
 
 
 def test_defaults_depend_on_the_data():
-    shapes, coco, scratch = parse_args([]), parse_args(["--data", "coco"]), parse_args(["--data", "c", "--weights", "none"])
-    assert (shapes.backbone, shapes.min_size, shapes.norm, shapes.freeze_at) == ("resnet18", [128], "batch", 0)
-    assert (coco.backbone, coco.weights, coco.min_size, coco.max_size) == ("resnet50", "resnet50", [800], 1333)
+    shapes, coco, scratch = (parse_args([]), parse_args(["--data", "coco"]),
+                             parse_args(["--data", "c", "--weights", "none"]))
+    assert ((shapes.backbone, shapes.min_size, shapes.norm, shapes.freeze_at)
+            == ("resnet18", [128], "batch", 0))
+    assert ((coco.backbone, coco.weights, coco.min_size, coco.max_size)
+            == ("resnet50", "resnet50", [800], 1333))
     assert (coco.norm, coco.freeze_at, coco.lr, coco.epochs) == ("frozen", 2, 0.01, None)
     assert (scratch.norm, scratch.freeze_at) == ("batch", 0)  # random weights must not be frozen
 
@@ -60,8 +64,9 @@ def test_defaults_depend_on_the_data():
 @pytest.mark.parametrize(("words", "message"), [
     (["--batch-size", "-2"], "--batch-size must be positive"), (["--lr", "0"], "--lr must be positive"),
     (["--backbone", "vgg"], "invalid choice: 'vgg'"), (["--epochs", "1", "--max-steps", "5"], "not both"),
-    (["--fpn-channels", "40"], "multiple of 32"), (["--freeze-at", "9"], "0..5"),
-    (["--loss-scale", "big"], "'dynamic' or a positive number"), (["--min-size", "0"], "--min-size must be positive")])
+    (["--fpn-channels", "40"], "multiple of 64"), (["--freeze-at", "9"], "0..5"),
+    (["--loss-scale", "big"], "'dynamic' or a positive number"),
+    (["--min-size", "0"], "--min-size must be positive")])
 def test_wrong_arguments_are_named(words, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(words)
@@ -74,15 +79,17 @@ def test_a_short_run_leaves_its_files(script, tmp_path):
     code, out, err = script(*TINY, "--max-steps", 3, "--pictures", 2)
     assert code == 0, err
     folder = tmp_path / "out"
-    assert {p.name for p in folder.iterdir()} == {"last.pth", "log.jsonl", "detections.json", "metrics.json", "pictures"}
+    assert {p.name for p in folder.iterdir()} == {"last.pth", "log.jsonl", "detections.json", "metrics.json",
+                                                  "pictures"}
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [1, 2, 3]
-    assert {"loss", "cls", "box", "centerness", "lr", "data_s", "step_s", "images_per_s", "memory_gb", "eta_s",
-            "epoch"} <= set(log[0])
+    assert {"loss", "cls", "box", "centerness", "lr", "data_s", "step_s", "images_per_s", "memory_gb",
+            "eta_s", "epoch"} <= set(log[0])
     assert log[0]["loss"] == pytest.approx(log[0]["cls"] + log[0]["box"] + log[0]["centerness"], rel=1e-6)
-    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(json.loads((folder / "metrics.json").read_text()))
-    for words in ("torch " + torch.__version__, "heart", "lr 0.005 = 0.02 x 4/16", "images/s", "ETA", "commit",
-                  "have no object to learn"):
+    assert ({"AP", "AP50", "AP75", "APs", "APm", "APl"}
+            <= set(json.loads((folder / "metrics.json").read_text())))
+    for words in ("torch " + torch.__version__, "heart", "lr 0.005 = 0.02 x 4/16", "images/s", "ETA",
+                  "commit", "have no object to learn"):
         assert words in out
 
 
@@ -99,7 +106,8 @@ def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path):
 
 
 def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path):
-    run = subprocess.Popen([sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500", "--no-eval"],
+    run = subprocess.Popen([sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500",
+                            "--no-eval"],
                            cwd=tmp_path, stdout=subprocess.PIPE, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     while not run.stdout.readline().startswith("step 2/"):
@@ -110,7 +118,8 @@ def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path):
     step = weights(tmp_path)["step"]
     assert 2 < step < 100 and rows(tmp_path)[-1]["step"] == step
     code, out, err = script(*TINY, "--max-steps", step + 1, "--no-eval", "--resume")
-    assert code == 0 and f"resumed out/last.pth at step {step}" in out and "resume changes max_steps" in out, err
+    assert (code == 0 and f"resumed out/last.pth at step {step}" in out
+            and "resume changes max_steps" in out), err
 
 
 def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path):
@@ -124,24 +133,27 @@ def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-4)
     code, out, err = script(*command, "--micro-batch", 2)
     assert code == 0 and "2 micro-batch(es) x 2 images, each micro-batch normalised" in out, err
-    assert rows(tmp_path)[-4]["loss"] == pytest.approx(losses[0][0], rel=0.2)  # another normaliser, the same images
+    # Another normaliser, the same images.
+    assert rows(tmp_path)[-4]["loss"] == pytest.approx(losses[0][0], rel=0.2)
 
 
 def test_fine_tuning_replaces_the_head_of_other_classes(tmp_path, capsys):
     torch.manual_seed(0)
-    old, new = FCOS(3, "resnet18", fpn_channels=32), FCOS(2, "resnet18", fpn_channels=32)
-    args = {"backbone": "resnet18", "fpn_channels": 32, "original": False}
-    save_checkpoint(tmp_path / "old.pth", {"model": old.state_dict(), "names": ["a", "b", "c"], "category_ids": [1, 2, 3],
-                                           "args": args, "step": 1})
+    old, new = FCOS(3, "resnet18", fpn_channels=64), FCOS(2, "resnet18", fpn_channels=64)
+    args = {"backbone": "resnet18", "fpn_channels": 64, "original": False}
+    save_checkpoint(tmp_path / "old.pth", {"model": old.state_dict(), "names": ["a", "b", "c"],
+                                           "category_ids": [1, 2, 3], "args": args, "step": 1})
     before = new.head.cls_logits.weight.clone()
     load_init(new, str(tmp_path / "old.pth"), ["x", "y"])
     assert "knows 3 other classes: new head.cls_logits.weight" in capsys.readouterr().out
-    assert torch.equal(new.head.cls_logits.weight, before) and torch.equal(new.head.ltrb.weight, old.head.ltrb.weight)
-    same = FCOS(3, "resnet18", fpn_channels=32)
+    assert (torch.equal(new.head.cls_logits.weight, before)
+            and torch.equal(new.head.ltrb.weight, old.head.ltrb.weight))
+    same = FCOS(3, "resnet18", fpn_channels=64)
     load_init(same, str(tmp_path / "old.pth"), ["a", "b", "c"])
     assert torch.equal(same.head.cls_logits.weight, old.head.cls_logits.weight)
-    with pytest.raises(train.WeightsError, match="old.pth: not this model .* --backbone resnet18 --fpn-channels 32"):
-        load_init(FCOS(2, "resnet18", fpn_channels=64), str(tmp_path / "old.pth"), ["x", "y"])
+    with pytest.raises(train.WeightsError,
+                       match="old.pth: not this model .* --backbone resnet18 --fpn-channels 64"):
+        load_init(FCOS(2, "resnet34", fpn_channels=64), str(tmp_path / "old.pth"), ["x", "y"])
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -173,10 +185,11 @@ def test_a_picture_that_turns_out_broken_stops_the_run_by_name(script, tmp_path,
     for broken in list((tmp_path / "coco" / "train2017").iterdir()):
         broken.unlink()
         broken.write_bytes(b"\xff\xd8 this is no picture")
-    code, _, err = script(*TINY, "--data", "coco", "--weights", "none", "--backbone", "resnet18", "--min-size", 64,
-                          "--max-size", 96, "--max-steps", 2, "--no-eval")
+    code, _, err = script(*TINY, "--data", "coco", "--weights", "none", "--backbone", "resnet18",
+                          "--min-size", 64, "--max-size", 96, "--max-steps", 2, "--no-eval")
     assert code != 0 and "Traceback" not in err
-    assert err.strip().splitlines()[-1].startswith("error: coco/train2017/0") and "cannot be read as a picture" in err
+    assert (err.strip().splitlines()[-1].startswith("error: coco/train2017/0")
+            and "cannot be read as a picture" in err)
 
 
 def test_checkpoints_are_whole_or_absent(tmp_path):
@@ -192,9 +205,10 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
 
 
 def test_bf16_and_voc_and_multi_scale_run(script, tmp_path, bccd):
-    code, out, err = script(*TINY, "--data", bccd, "--train-split", "2007_trainval", "--val-split", "2007_test", "--weights",
-                            "none", "--backbone", "resnet18", "--fpn-channels", 32, "--min-size", 64, 96, "--max-size",
-                            128, "--amp", "bf16", "--max-steps", 2, "--drop-empty", "--schedule", "2x")
+    code, out, err = script(*TINY, "--data", bccd, "--train-split", "2007_trainval",
+                            "--val-split", "2007_test", "--weights", "none", "--backbone", "resnet18",
+                            "--fpn-channels", 64, "--min-size", 64, 96, "--max-size", 128, "--amp", "bf16",
+                            "--max-steps", 2, "--drop-empty", "--schedule", "2x")
     assert code == 0, err
     assert "BloodImage_00338.xml: object 13" in out and "AP50 (VOC07 11-point)" in out
     assert "AP50_VOC07" in json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -211,7 +225,8 @@ def test_two_ranks_survive_one_without_objects(script, tmp_path):
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [9, 9, 30, 30]}],
         "categories": [{"id": 1, "name": "thing"}]}))
     started = time.time()
-    code, out, err = script(*TINY, "--batch-size", 2, "--data", "d", "--weights", "none", "--backbone", "resnet18",
-                            "--fpn-channels", 32, "--min-size", 64, "--max-steps", 3, "--no-eval", ranks=2, timeout=120)
+    code, out, err = script(*TINY, "--batch-size", 2, "--data", "d", "--weights", "none",
+                            "--backbone", "resnet18", "--fpn-channels", 64, "--min-size", 64,
+                            "--max-steps", 3, "--no-eval", ranks=2, timeout=120)
     assert code == 0, err
     assert "step 3/3" in out and time.time() - started < 120
