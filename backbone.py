@@ -149,7 +149,9 @@ class ResNet(nn.Module):
                 stage.append(block(in_channels, planes, stride, groups, group_width, caffe, make_norm))
                 in_channels = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-        self._initialise()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
         if norm == "frozen":
             for module in self.modules():
@@ -158,14 +160,6 @@ class ResNet(nn.Module):
         stages = [nn.ModuleList([self.conv1, self.bn1]), self.layer1, self.layer2, self.layer3, self.layer4]
         for stage in stages[:freeze_at]:
             stage.requires_grad_(False)
-
-    def _initialise(self):
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # A residual branch that starts at zero makes training from scratch stable (1706.02677, Sec. 5.1).
-            elif isinstance(module, (BasicBlock, Bottleneck)):
-                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)

@@ -1,11 +1,12 @@
 """Look at a dataset before training on it: its boxes, or the targets FCOS makes of them.
 
     python browse.py                                     the built-in shapes
-    python browse.py --data coco --split train2017       COCO, VOC or your own data (see README, "Your own data")
+    python browse.py --data coco --split train2017       COCO, VOC or your own data
     python browse.py --data coco --split val2017 --targets --min-size 800 --max-size 1333
 
-Prints the class table and every problem found, and draws the first images into --out. With --targets an image
-becomes a row of panels, one per pyramid level: a dot is a positive point, in the colour of the object it learns.
+Prints the class table and every problem found, and draws the first images into --out. With --targets an
+image becomes a row of panels, one per pyramid level: a dot is a positive point, in the colour of the object
+it learns.
 """
 import argparse
 from pathlib import Path
@@ -29,8 +30,9 @@ def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
     return image
 
 
-def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size: int, original: bool) -> Image.Image:
-    """One image at network size, a panel per level: its positive points, and the objects that have some there."""
+def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size: int,
+                 original: bool) -> Image.Image:
+    """One image at network size, a panel per level: its positive points and the objects they learn."""
     sample = load_sample(dataset, index, min_size, max_size)
     height, width = sample["image"].shape[:2]
     shapes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
@@ -39,7 +41,8 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
     _, _, owner = fcos_targets(points, strides, ranges, boxes, labels, original)
     level_sizes = [h * w for h, w in shapes]
     panels = []
-    for level, (level_points, level_owner) in enumerate(zip(points.split(level_sizes), owner.split(level_sizes))):
+    levels = zip(points.split(level_sizes), owner.split(level_sizes))
+    for level, (level_points, level_owner) in enumerate(levels):
         panel, zoom = enlarge(Image.fromarray(sample["image"]))
         canvas = ImageDraw.Draw(panel)
         positive = (level_owner >= 0).nonzero().squeeze(1).tolist()
@@ -48,7 +51,8 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
         radius = max(2, STRIDES[level] * zoom // 5)
         for i in positive:
             x, y = (level_points[i] * zoom).tolist()
-            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), class_colour(int(level_owner[i])), "black")
+            colour = class_colour(int(level_owner[i]))
+            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), colour, "black")
         text = f"P{level + 3}, stride {STRIDES[level]}: {len(positive)} of {level_sizes[level]} points"
         canvas.rectangle(canvas.textbbox((4, 4), text), fill="white")
         canvas.text((4, 4), text, fill="black")
@@ -60,7 +64,8 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="'shapes' or a folder in COCO or VOC layout")
     parser.add_argument("--split", help="default: train (shapes), train2017")
     parser.add_argument("--json", help="COCO-format file, with --image-dir")
@@ -73,7 +78,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/browse"))
     args = parser.parse_args()
     shapes = args.data == "shapes"
-    dataset = open_dataset(args.data, args.split or ("train" if shapes else "train2017"), args.json, args.image_dir)
+    split = args.split or ("train" if shapes else "train2017")
+    dataset = open_dataset(args.data, split, args.json, args.image_dir)
     for line in (*dataset.notes, dataset.table()):
         print(line)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,4 @@
-"""Detection datasets: COCO and Pascal VOC layouts, and `shapes`, a set drawn on the fly;
-checks, resizing, batching.
-
-    python data.py                              look at `shapes`: pictures with their boxes in runs/browse/
-    python data.py --data ROOT --split val2017  the same for COCO, VOC or your own data
-    python data.py --targets                    FCOS's targets: which points of which level learn which object
+"""Detection datasets: COCO and Pascal VOC layouts, `shapes` drawn on the fly; checks, resizing, batching.
 
 Inside, a class is an index 0..C-1 and a box is (x1, y1, x2, y2) in pixels with far edges: a box is
 x2 - x1 wide. Dataset category ids and other box conventions exist in this file and in the files that
@@ -371,9 +366,9 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split; no picture is in both
 SHAPES_SIDE = 128  # px, of the longer side
-SHAPES_OBJECT = (12, 96)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
+SHAPES_OBJECT = (14, 112)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
 SHAPES_EMPTY = 0.05  # share of images without objects
-SHAPES_MAX_OBJECTS = 8
+SHAPES_MAX_OBJECTS = 6
 SHAPES_OVERLAP = 0.4  # of the smaller of two boxes
 
 
@@ -442,8 +437,8 @@ class Shapes(DetectionDataset):
                 break
             label = int(rng.integers(len(OUTLINES)))
             longer = math.exp(rng.uniform(*np.log(SHAPES_OBJECT)))
-            outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.8, 1.0))
-            turn = rng.uniform(-0.25, 0.25)
+            outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.85, 1.0))
+            turn = rng.uniform(-0.1, 0.1)
             outline = outline @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
             outline -= outline.min(axis=0)
             outline *= longer / outline.max()
@@ -463,18 +458,18 @@ class Shapes(DetectionDataset):
         height, width = size
         base = rng.uniform(50, 205, 3)
         picture = np.broadcast_to(base, (height, width, 3)).copy()
-        for cells, strength in ((3, 45), (10, 30), (32, 18)):  # blurred noise of three scales, then grain
+        for cells, strength in ((3, 40), (10, 15), (32, 10)):  # blurred noise of three scales, then grain
             noise = rng.uniform(-strength, strength, (cells, cells, 3)).astype(np.float32)
             for c in range(3):
                 picture[..., c] += np.asarray(
                     Image.fromarray(noise[..., c]).resize((width, height), Image.BICUBIC))
-        grain = rng.normal(0, 6, picture.shape)
+        grain = rng.normal(0, 4, picture.shape)
         image = Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8))
         for label, outline in objects:
             colour = rng.uniform(0, 255, 3)
-            while np.abs(colour - base).sum() < 150:
+            while np.abs(colour - base).sum() < 180:
                 colour = rng.uniform(0, 255, 3)
-            stripes = (rng.uniform(-40, 40)
+            stripes = (rng.uniform(-20, 20)
                        * np.sin(np.arange(width) * rng.uniform(0.1, 0.8) + rng.uniform(0, 6)))
             corner, end = outline.min(axis=0).astype(int), outline.max(axis=0).astype(int) + 1
             part = slice(corner[1], end[1]), slice(corner[0], end[0])

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
@@ -357,34 +357,48 @@ def _area_under(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -
 # ---------------------------------------------------------------------------------------------- drawings
 
 def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: int, threshold: float = 0.3):
-    """Pictures of the first `count` images: objects in white, detections in the colour of their class
-    with score."""
+    """Pictures of the first `count` images: objects thin and white, detections with a score of at least
+    `threshold` in the colour of their class, with name and score."""
     folder.mkdir(parents=True, exist_ok=True)
     label_of = {category: label for label, category in enumerate(dataset.category_ids)}
     by_image = {}
     for result in results:
-        by_image.setdefault(result["image_id"], []).append(result)
+        if result["score"] >= threshold:
+            by_image.setdefault(result["image_id"], []).append(result)
     for i in range(min(count, len(dataset))):
-        image = dataset.image(i)
-        zoom = max(1, 512 // max(image.size))  # small pictures are enlarged so that the text can be read
-        image = image.resize((image.width * zoom, image.height * zoom))
+        image, zoom = enlarge(dataset.image(i))
         canvas = ImageDraw.Draw(image)
         for box in (dataset.boxes[dataset.first[i]:dataset.first[i + 1]] * zoom).tolist():
             canvas.rectangle(box, outline="black", width=3)
             canvas.rectangle(box, outline="white", width=1)
         image_id = dataset.image_ids[i].item()
         for result in by_image.get(image_id, []):
-            if result["score"] < threshold:
-                continue
             label = label_of[result["category_id"]]
-            colour = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.381966 % 1, 0.9, 1))
             x, y, w, h = (v * zoom for v in result["bbox"])
-            canvas.rectangle((x, y, x + w, y + h), outline=colour, width=2)
-            text = f"{dataset.names[label]} {result['score']:.2f}"
-            place = (x + 2, y - 11 if y > 11 else y + 1)
-            canvas.rectangle(canvas.textbbox(place, text), fill=colour)
-            canvas.text(place, text, fill="black")
-        image.save(folder / f"{image_id}.png" if zoom > 1 else folder / f"{image_id}.jpg")
+            draw_box(canvas, (x, y, x + w, y + h), class_colour(label),
+                     f"{dataset.names[label]} {result['score']:.2f}")
+        image.save(folder / f"{Path(str(image_id)).stem}{'.png' if zoom > 1 else '.jpg'}")
+
+
+def enlarge(image: Image.Image) -> tuple[Image.Image, int]:
+    """A small picture blown up so that text on it can be read, and the factor."""
+    zoom = max(1, 512 // max(image.size))
+    return image.resize((image.width * zoom, image.height * zoom)), zoom
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """A bright colour; neighbouring labels lie far apart on the colour wheel (golden angle)."""
+    return tuple(int(255 * v) for v in colorsys.hsv_to_rgb(label * 0.381966 % 1, 0.9, 1))
+
+
+def draw_box(canvas: ImageDraw.ImageDraw, box, colour, text: str):
+    """A rectangle (x1, y1, x2, y2) with a text on a ground of its colour at the upper left corner."""
+    x, y = box[0], box[1]
+    canvas.rectangle(tuple(box), outline=colour, width=2)
+    if text:
+        place = (x + 2, y - 11 if y > 11 else y + 1)
+        canvas.rectangle(canvas.textbbox(place, text), fill=colour)
+        canvas.text(place, text, fill="black")
 
 
 # ---------------------------------------------------------------------------------------------- script

@@ -58,7 +58,8 @@ def test_defaults_depend_on_the_data():
     assert ((coco.backbone, coco.weights, coco.min_size, coco.max_size)
             == ("resnet50", "resnet50", [800], 1333))
     assert (coco.norm, coco.freeze_at, coco.lr, coco.epochs) == ("frozen", 2, 0.01, None)
-    assert (scratch.norm, scratch.freeze_at) == ("batch", 0)  # random weights must not be frozen
+    assert (coco.optimizer, coco.weight_decay, coco.batch_size) == ("sgd", 1e-4, 16)
+    assert (scratch.norm, scratch.freeze_at, scratch.optimizer) == ("batch", 0, "adamw")  # random weights must not be frozen
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -88,7 +89,7 @@ def test_a_short_run_leaves_its_files(script, tmp_path):
     assert log[0]["loss"] == pytest.approx(log[0]["cls"] + log[0]["box"] + log[0]["centerness"], rel=1e-6)
     assert ({"AP", "AP50", "AP75", "APs", "APm", "APl"}
             <= set(json.loads((folder / "metrics.json").read_text())))
-    for words in ("torch " + torch.__version__, "heart", "lr 0.005 = 0.02 x 4/16", "images/s", "ETA",
+    for words in ("torch " + torch.__version__, "heart", "lr 0.0005 = 0.002 x 4/16", "images/s", "ETA",
                   "commit", "have no object to learn"):
         assert words in out
 
