@@ -59,7 +59,8 @@ def test_defaults_depend_on_the_data():
             == ("resnet50", "resnet50", [800], 1333))
     assert (coco.norm, coco.freeze_at, coco.lr, coco.epochs) == ("frozen", 2, 0.01, None)
     assert (coco.optimizer, coco.weight_decay, coco.batch_size) == ("sgd", 1e-4, 16)
-    assert (scratch.norm, scratch.freeze_at, scratch.optimizer) == ("batch", 0, "adamw")  # random weights must not be frozen
+    # Random weights must not be frozen.
+    assert (scratch.norm, scratch.freeze_at, scratch.optimizer) == ("batch", 0, "adamw")
 
 
 @pytest.mark.parametrize(("words", "message"), [
