@@ -18,6 +18,8 @@ from data import DetectionDataset, load_sample, open_dataset
 from evaluate import class_colour, draw_box, enlarge, run_script
 from fcos import STRIDES, fcos_targets, image_points
 
+PANEL = 400  # px, longer side of a level's panel
+
 
 def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
     """One image with its boxes and class names; crowds and VOC's difficult objects are marked as such."""
@@ -32,7 +34,7 @@ def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
 
 def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size: int,
                  original: bool) -> Image.Image:
-    """One image at network size, a panel per level: its positive points and the objects they learn."""
+    """One image at network size, a panel (PANEL px) per level: its positive points, their objects."""
     sample = load_sample(dataset, index, min_size, max_size)
     height, width = sample["image"].shape[:2]
     shapes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
@@ -43,12 +45,13 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
     panels = []
     levels = zip(points.split(level_sizes), owner.split(level_sizes))
     for level, (level_points, level_owner) in enumerate(levels):
-        panel, zoom = enlarge(Image.fromarray(sample["image"]))
+        zoom = PANEL / max(height, width)
+        panel = Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom)))
         canvas = ImageDraw.Draw(panel)
         positive = (level_owner >= 0).nonzero().squeeze(1).tolist()
         for i in sorted(set(level_owner[positive].tolist())):
             draw_box(canvas, sample["boxes"][i] * zoom, class_colour(i), "")
-        radius = max(2, STRIDES[level] * zoom // 5)
+        radius = max(2, STRIDES[level] * zoom / 5)
         for i in positive:
             x, y = (level_points[i] * zoom).tolist()
             colour = class_colour(int(level_owner[i]))

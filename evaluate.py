@@ -456,6 +456,9 @@ def run_script(main):
     """Call main(); a user's mistake ends in one line instead of a traceback."""
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: out of memory: {str(error).splitlines()[0]} Try smaller parts: "
+                         f"--micro-batch in training, --batch-size in evaluation") from None
     except (DataError, WeightsError) as error:
         # An error in a loader's worker arrives with that worker's traceback around its message.
         raise SystemExit(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}") from None

@@ -239,12 +239,16 @@ def rng_states(world: int) -> list[torch.Tensor]:
 
 def environment(device: torch.device, world: int) -> str:
     """One line: versions, device, commit."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                         capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     name = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu"
             else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     return (f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-            f"{device.type} ({name}), {world} rank(s), commit {git.stdout.strip() or 'unknown'}")
+            f"{device.type} ({name}), {world} rank(s), commit {commit}")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -309,10 +313,10 @@ def main():
         load_init(model, args.init, train_set.names)
     elif args.weights != "none" and not args.resume:
         pixels = load_imagenet(model.backbone, args.weights)
-        # A style decides the mean; the std must be the file's.
-        if pixels[1] != tuple(model.pixel_std.flatten().tolist()):
-            for buffer, value in zip((model.pixel_mean, model.pixel_std), pixels):
-                buffer.copy_(torch.tensor(value).view(3, 1, 1))
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in pixels)
+        if not torch.allclose(std, model.pixel_std):  # recipes differ in the mean, but the std is the file's
+            model.pixel_mean.copy_(mean)
+            model.pixel_std.copy_(std)
     model.to(device, memory_format=torch.channels_last)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = (torch.optim.SGD(groups, lr=base_lr, momentum=MOMENTUM) if args.optimizer == "sgd" else
@@ -349,6 +353,9 @@ def main():
         if len(checkpoint["rng"]) == world:
             torch.set_rng_state(checkpoint["rng"][rank])
         say(f"resumed {path} at step {start}")
+        if start >= max_steps:
+            raise SystemExit(f"error: {path} is at step {start}, the run ends at {max_steps}: nothing left "
+                             f"to train (evaluate.py scores it)")
 
     def save(step: int):
         states = rng_states(world)
@@ -362,6 +369,11 @@ def main():
             save_checkpoint(args.out / f"step_{step}.pth", content)
 
     # ---- loop
+    # A signal only leaves a note: the step ends first, then all ranks save and stop together.
+    # Set before the loader forks its workers: Ctrl-C must not kill them under a running step.
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: interrupted.append(number))
     ddp = model if world == 1 else DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device.index])
     batches.start, batches.stop = start, max_steps
@@ -369,12 +381,8 @@ def main():
         TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
         batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
         collate_fn=partial(collate, pad_to=args.pad_to)))
-    # A signal only leaves a note: the step ends first, then all ranks save and stop together.
-    interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: interrupted.append(number))
     model.train()
-    loss_sums, data_seconds, window = {}, 0.0, time.perf_counter()
+    loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), start
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
     for step in range(start, max_steps):
         lr = learning_rate(step, base_lr, drops, warmup_steps, constant_warmup=args.original)
@@ -419,7 +427,7 @@ def main():
 
         done = step + 1
         if done % args.log_every == 0 or done == max_steps or stopping:
-            steps = (done - start - 1) % args.log_every + 1
+            steps = done - logged
             names = list(loss_sums)
             means = torch.stack([loss_sums[name] for name in names]) / steps
             if world > 1:
@@ -437,7 +445,7 @@ def main():
                   f"ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}")
             if rank == 0:
                 print(json.dumps(row), file=log_file, flush=True)
-            loss_sums, data_seconds, window = {}, 0.0, time.perf_counter()
+            loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), done
         if done % args.save_every == 0 or done == max_steps or stopping:
             save(done)
         if stopping:

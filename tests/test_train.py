@@ -107,21 +107,26 @@ def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path):
         assert all(a[key] == b[key] for key in ("step", "loss", "cls", "box", "centerness", "lr"))
 
 
-def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path):
-    run = subprocess.Popen([sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500",
-                            "--no-eval"],
-                           cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path, number):
+    command = [sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500", "--no-eval"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     while not run.stdout.readline().startswith("step 2/"):
         assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # Ctrl-C reaches the loader's workers as well
+    else:
+        run.send_signal(number)
     rest = run.communicate(timeout=120)[0]
     assert run.returncode == 0 and "interrupted: saved out/last.pth" in rest
     step = weights(tmp_path)["step"]
     assert 2 < step < 100 and rows(tmp_path)[-1]["step"] == step
     code, out, err = script(*TINY, "--max-steps", step + 1, "--no-eval", "--resume")
-    assert (code == 0 and f"resumed out/last.pth at step {step}" in out
-            and "resume changes max_steps" in out), err
+    assert code == 0, err
+    assert f"resumed out/last.pth at step {step}" in out and "resume changes max_steps" in out
+    code, _, err = script(*TINY, "--max-steps", step + 1, "--no-eval", "--resume")
+    assert code != 0 and "nothing is left to train" in err
 
 
 def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path):
