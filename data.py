@@ -365,8 +365,8 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
 # ---------------------------------------------------------------------------------------------- shapes
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split; no picture is in both
-SHAPES_SIDE = 128  # px, of the longer side
-SHAPES_OBJECT = (14, 112)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
+SHAPES_SIDES = (96, 128)  # px; half of the pictures are wide, half are tall
+SHAPES_OBJECT = (12, 96)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
 SHAPES_EMPTY = 0.05  # share of images without objects
 SHAPES_MAX_OBJECTS = 6
 SHAPES_OVERLAP = 0.4  # of the smaller of two boxes
@@ -428,8 +428,7 @@ class Shapes(DetectionDataset):
     def _scene(self, index: int) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
         """Size (height, width) and objects [(label, outline (n, 2) px)] of a picture, back to front."""
         rng = np.random.default_rng((self.seed, index, 0))
-        short = SHAPES_SIDE * rng.choice((0.75, 0.875, 1.0))
-        size = (SHAPES_SIDE, int(short)) if rng.random() < 0.5 else (int(short), SHAPES_SIDE)
+        size = SHAPES_SIDES if rng.random() < 0.5 else SHAPES_SIDES[::-1]
         wanted = 0 if rng.random() < SHAPES_EMPTY else rng.integers(1, SHAPES_MAX_OBJECTS + 1)
         objects, boxes = [], []
         for _ in range(20 * wanted):  # tries; a crowded picture may end up with fewer objects than wanted

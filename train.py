@@ -405,22 +405,22 @@ def main():
             for name, value in losses.items():
                 loss_sums[name] = loss_sums.get(name, 0) + value.detach() / accumulate
 
-        # All ranks learn in one reduction whether one of them has to stop.
-        total = sum(loss_sums.values())
-        stop = torch.stack((~torch.isfinite(total), torch.tensor(bool(interrupted), device=device))).float()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        # All ranks learn in one reduction whether one of them has to stop. Infinite gradients are ordinary only
+        # under fp16 loss scaling, which skips such a step.
+        finite = torch.isfinite(sum(loss_sums.values())) & (torch.isfinite(norm) | scaler.is_enabled())
+        stop = torch.stack((~finite, torch.tensor(bool(interrupted), device=device))).float()
         if world > 1:
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)
         not_finite, stopping = stop.tolist()
         if not_finite:
-            if not torch.isfinite(total):
+            if not finite:
                 print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, "
-                      f"images {image_ids}", flush=True)
-            raise SystemExit(f"error: the loss is not finite at step {step}; {args.out / 'last.pth'} was not "
+                      f"gradient norm {norm.item()}, images {image_ids}", flush=True)
+            raise SystemExit(f"error: loss or gradient is not finite at step {step}; {args.out / 'last.pth'} was not "
                              f"touched. Lower --lr, lengthen --warmup-steps or lower --clip"
                              if rank == 0 else 1)
-        scaler.unscale_(optimizer)
-        if args.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         scaler.step(optimizer)
         scaler.update(static_scale)
         optimizer.zero_grad(set_to_none=True)

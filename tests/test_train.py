@@ -171,7 +171,7 @@ def test_fine_tuning_replaces_the_head_of_other_classes(tmp_path, capsys):
     (["--micro-batch", "3"], "error: --batch-size 4 is not 1 ranks x a multiple of --micro-batch 3"),
     (["--amp", "fp16"], "error: --amp fp16 needs a GPU or NPU"),
     (["--device", "cuda"], "error: --device cuda, but torch sees no CUDA GPU"),
-    (["--lr", "1e9", "--clip", "0", "--warmup-steps", "0"], "error: the loss is not finite at step"),
+    (["--lr", "1e9", "--clip", "0", "--warmup-steps", "0"], "error: loss or gradient is not finite at step"),
 ])
 def test_mistakes_end_in_one_line(script, words, message):
     code, out, err = script(*TINY, "--max-steps", 30, "--no-eval", *words)
