@@ -47,9 +47,10 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes: small on the built-in set, the published recipe elsewhere.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
                    "max_size": 128, "train_split": "train", "val_split": "val", "epochs": 1.6,
-                   "batch_size": 8, "warmup_steps": 50}
+                   "schedule": "s1x", "batch_size": 8, "warmup_steps": 50}
 DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "min_size": [800], "max_size": 1333,
-            "train_split": "train2017", "val_split": "val2017", "batch_size": 16, "warmup_steps": 500}
+            "train_split": "train2017", "val_split": "val2017", "schedule": "1x", "batch_size": 16,
+            "warmup_steps": 500}
 # SGD is what every published number was trained with. From random weights it needs many epochs to learn to
 # tell classes apart; AdamW, whose steps do not shrink with the tiny gradients at the start, needs a few.
 OPTIMISERS = {"sgd": {"lr": 0.01, "weight_decay": 1e-4}, "adamw": {"lr": 0.002, "weight_decay": 0.05}}
@@ -103,8 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "(default: all at once)")
     optim.add_argument("--lr", type=float,
                        help="for a batch of 16, scaled linearly (default: 0.01; adamw: 0.002)")
-    optim.add_argument("--schedule", default="1x", choices=SCHEDULES,
-                       help="steps and lr drops, for a batch of 16")
+    optim.add_argument("--schedule", choices=SCHEDULES,
+                       help="steps and lr drops, for a batch of 16 (default: 1x; shapes: s1x)")
     optim.add_argument("--epochs", type=float,
                        help="length instead of the schedule's; lr drops at the same fractions")
     optim.add_argument("--max-steps", type=int, help="length in steps, likewise")
@@ -407,8 +408,8 @@ def main():
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        # All ranks learn in one reduction whether one of them has to stop. Infinite gradients are ordinary only
-        # under fp16 loss scaling, which skips such a step.
+        # All ranks learn in one reduction whether one of them has to stop. Infinite gradients are ordinary
+        # only under fp16 loss scaling, which skips such a step.
         finite = torch.isfinite(sum(loss_sums.values())) & (torch.isfinite(norm) | scaler.is_enabled())
         stop = torch.stack((~finite, torch.tensor(bool(interrupted), device=device))).float()
         if world > 1:
@@ -418,8 +419,8 @@ def main():
             if not finite:
                 print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, "
                       f"gradient norm {norm.item()}, images {image_ids}", flush=True)
-            raise SystemExit(f"error: loss or gradient is not finite at step {step}; {args.out / 'last.pth'} was not "
-                             f"touched. Lower --lr, lengthen --warmup-steps or lower --clip"
+            raise SystemExit(f"error: loss or gradient is not finite at step {step}; {args.out / 'last.pth'} "
+                             f"was not touched. Lower --lr, lengthen --warmup-steps or lower --clip"
                              if rank == 0 else 1)
         scaler.step(optimizer)
         scaler.update(static_scale)
