@@ -5,7 +5,6 @@ x2 - x1 wide. Dataset category ids and other box conventions exist in this file 
 are written out only.
 """
 import json
-import math
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -366,7 +365,7 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split; no picture is in both
 SHAPES_SIDES = (96, 128)  # px; half of the pictures are wide, half are tall
-SHAPES_OBJECT = (12, 96)  # px, longer side of an object, drawn log-uniformly: an 8-fold range
+SHAPES_OBJECT = (12, 96)  # px, longer side of an object: an 8-fold range
 SHAPES_EMPTY = 0.05  # share of images without objects
 SHAPES_MAX_OBJECTS = 6
 SHAPES_OVERLAP = 0.4  # of the smaller of two boxes
@@ -435,7 +434,7 @@ class Shapes(DetectionDataset):
             if len(objects) == wanted:
                 break
             label = int(rng.integers(len(OUTLINES)))
-            longer = math.exp(rng.uniform(*np.log(SHAPES_OBJECT)))
+            longer = rng.uniform(*SHAPES_OBJECT)
             outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.85, 1.0))
             turn = rng.uniform(-0.1, 0.1)
             outline = outline @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])

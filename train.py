@@ -46,7 +46,7 @@ BIAS_LR_FACTOR, BIAS_DECAY = 2.0, 0.0  # of convolution biases (FCOS's published
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes: small on the built-in set, the published recipe elsewhere.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
-                   "max_size": 128, "train_split": "train", "val_split": "val", "epochs": 1.6,
+                   "max_size": 128, "train_split": "train", "val_split": "val", "epochs": 1.75,
                    "schedule": "s1x", "batch_size": 8, "warmup_steps": 50}
 DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "min_size": [800], "max_size": 1333,
             "train_split": "train2017", "val_split": "val2017", "schedule": "1x", "batch_size": 16,
