@@ -456,15 +456,14 @@ def run_script(main):
     """Call main(); a user's mistake ends in one line instead of a traceback."""
     try:
         main()
+        if dist.is_initialized():  # after a failure it could wait for ranks that will not come
+            dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"error: out of memory: {str(error).splitlines()[0]} Try smaller parts: "
                          f"--micro-batch in training, --batch-size in evaluation") from None
     except (DataError, WeightsError) as error:
         # An error in a loader's worker arrives with that worker's traceback around its message.
         raise SystemExit(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def parse_args() -> argparse.Namespace:
@@ -500,7 +499,8 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     if args.detections and not args.ckpt:
-        dataset = open_dataset(args.data or "", args.split or "val2017", args.json, args.image_dir)
+        split = args.split or ("val" if args.data == "shapes" else "val2017")
+        dataset = open_dataset(args.data or "", split, args.json, args.image_dir)
         results = read_results(args.detections)
         metrics = score(dataset, results)
         out = args.out or args.detections.parent
