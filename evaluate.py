@@ -356,7 +356,7 @@ def _area_under(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -
 
 # ---------------------------------------------------------------------------------------------- drawings
 
-def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: int, threshold: float = 0.3):
+def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: int, threshold: float = 0.2):
     """Pictures of the first `count` images: objects thin and white, detections with a score of at least
     `threshold` in the colour of their class, with name and score."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -372,7 +372,8 @@ def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: in
             canvas.rectangle(box, outline="black", width=3)
             canvas.rectangle(box, outline="white", width=1)
         image_id = dataset.image_ids[i].item()
-        for result in by_image.get(image_id, []):
+        # The best last, on top: of two classes on one object the better one is read.
+        for result in sorted(by_image.get(image_id, []), key=lambda r: r["score"]):
             label = label_of[result["category_id"]]
             x, y, w, h = (v * zoom for v in result["bbox"])
             draw_box(canvas, (x, y, x + w, y + h), class_colour(label),

@@ -252,7 +252,9 @@ class FCOS(nn.Module):
                  score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):
         super().__init__()
         self.original, self.score_threshold = original, score_threshold
-        self.nms_threshold = nms_threshold or (NMS_THRESHOLD_ORIGINAL if original else NMS_THRESHOLD)
+        if nms_threshold is None:
+            nms_threshold = NMS_THRESHOLD_ORIGINAL if original else NMS_THRESHOLD
+        self.nms_threshold = nms_threshold
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5", relu_before_p7=True)
         self.head = FCOSHead(num_classes, fpn_channels, original)

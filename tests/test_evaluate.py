@@ -247,7 +247,7 @@ def test_drawings_show_objects_and_detections(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "1.png"))
     assert picture.shape == (dataset.sizes[0][0] * 4, dataset.sizes[0][1] * 4, 3)
     plain = np.asarray(dataset.image(0).resize(picture.shape[1::-1]))
-    # Scores under 0.3 are not drawn.
+    # Scores under 0.2 are not drawn.
     assert (picture != plain).any() and (picture[:8, :8] == plain[:8, :8]).all()
 
 
