@@ -5,6 +5,7 @@ x2 - x1 wide. Dataset category ids and other box conventions exist in this file 
 are written out only.
 """
 import json
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -397,6 +398,7 @@ OUTLINES = {
     "arrow": np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)]),
     "heart": _heart(),
 }
+CORNERS = list(OUTLINES.values())
 RING_HOLE = 0.55  # radius of the hole in parts of the ring's
 
 
@@ -434,19 +436,19 @@ class Shapes(DetectionDataset):
             if len(objects) == wanted:
                 break
             label = int(rng.integers(len(OUTLINES)))
-            longer = rng.uniform(*SHAPES_OBJECT)
-            outline = list(OUTLINES.values())[label] * (1, rng.uniform(0.85, 1.0))
+            longer, narrower = rng.uniform(*SHAPES_OBJECT), rng.uniform(0.85, 1.0)
             turn = rng.uniform(-0.1, 0.1)
-            outline = outline @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+            cos, sin = math.cos(turn), math.sin(turn)
+            outline = CORNERS[label] * (1, narrower) @ np.array([[cos, sin], [-sin, cos]])
             outline -= outline.min(axis=0)
             outline *= longer / outline.max()
-            room = np.array(size[::-1]) - outline.max(axis=0)
-            if (room < 1).any():
+            width, height = outline.max(axis=0).tolist()
+            if width + 1 > size[1] or height + 1 > size[0]:
                 continue
-            outline += rng.uniform(0, room)
-            box = np.concatenate((outline.min(axis=0), outline.max(axis=0)))
+            x, y = rng.uniform(0, size[1] - width), rng.uniform(0, size[0] - height)
+            box = (x, y, x + width, y + height)
             if all(_covered(box, other) <= SHAPES_OVERLAP for other in boxes):
-                objects.append((label, outline))
+                objects.append((label, outline + (x, y)))
                 boxes.append(box)
         return size, objects
 
@@ -477,11 +479,11 @@ class Shapes(DetectionDataset):
         return image
 
 
-def _covered(box: np.ndarray, other: np.ndarray) -> float:
+def _covered(box: tuple, other: tuple) -> float:
     """Intersection of two boxes in parts of the smaller one."""
-    side = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
-    smaller = min(np.prod(box[2:] - box[:2]), np.prod(other[2:] - other[:2]))
-    return float(np.prod(side.clip(0)) / smaller)
+    inter = (max(0, min(box[2], other[2]) - max(box[0], other[0]))
+             * max(0, min(box[3], other[3]) - max(box[1], other[1])))
+    return inter / min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
 
 
 def _silhouette(outline: np.ndarray, ring: bool, height: int, width: int, smooth: int = 4) -> Image.Image:
