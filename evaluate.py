@@ -76,12 +76,12 @@ def setup_device(name: str) -> tuple[torch.device, int, int]:
 def _import_npu():
     found = importlib.util.find_spec("torch_npu")
     if found is None:
-        raise SystemExit("error: --device npu: torch_npu is not installed (see requirements-npu.txt)")
+        raise SystemExit("error: --device npu: torch_npu is not installed (see 'Ascend' in README.md)")
     # The pair of a CUDA build and torch_npu does not raise, it aborts the process. A stand-in for
     # tests may pass.
     if torch.version.cuda and "STAND_IN = True" not in Path(found.origin).read_text(encoding="utf-8"):
         raise SystemExit("error: --device npu needs the CPU build of torch, this is a CUDA build "
-                         "(see requirements-npu.txt)")
+                         "(see 'Ascend' in README.md)")
     try:
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError) as error:
