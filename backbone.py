@@ -285,8 +285,8 @@ def read_weight_file(path: str | Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    return {key: torch.as_tensor(value) for key, value in content.items()
-            if isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "fiu"}
+    return {key: torch.as_tensor(value) for key, value in content.items() if isinstance(key, str)
+            and (isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "fiu")}
 
 
 class _NumpyUnpickler(pickle.Unpickler):

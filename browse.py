@@ -8,6 +8,10 @@ Prints the class table and every problem found, and draws the first images into 
 image becomes a row of panels, one per pyramid level: a dot is a positive point, in the colour of the object
 it learns.
 """
+import os
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch: see evaluate.py
+
 import argparse
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import DetectionDataset, load_sample, open_dataset
-from evaluate import class_colour, draw_box, enlarge, run_script
+from evaluate import class_colour, draw_box, enlarge, file_name, make_folder, run_script
 from fcos import STRIDES, fcos_targets, image_points
 
 PANEL = 400  # px, longer side of a level's panel
@@ -85,14 +89,14 @@ def main():
     dataset = open_dataset(args.data, split, args.json, args.image_dir)
     for line in (*dataset.notes, dataset.table()):
         print(line)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     for index in range(min(args.count, len(dataset))):
         if args.targets:
             picture = draw_targets(dataset, index, args.min_size or (128 if shapes else 800),
                                    args.max_size or (128 if shapes else 1333), args.original)
         else:
             picture = draw_objects(dataset, index)
-        picture.save(args.out / f"{Path(str(dataset.image_ids[index])).stem}{'_targets' * args.targets}.png")
+        picture.save(args.out / f"{file_name(dataset.image_ids[index])}{'_targets' * args.targets}.png")
     print(f"{min(args.count, len(dataset))} drawings in {args.out}")
 
 

@@ -7,7 +7,9 @@ are written out only.
 import json
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,7 @@ class DetectionDataset:
         order = np.argsort(image_index, kind="stable")
         self.names, self.category_ids, self.voc, self.notes = (
             list(names), list(category_ids), voc, list(notes))
-        self.image_ids, self.paths = np.asarray(image_ids), np.asarray(paths, dtype=np.bytes_)
+        self.image_ids, self.paths = np.asarray(image_ids), np.array([os.fsencode(p) for p in paths])
         self.sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
         self.boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
         self.classes, self.areas = np.asarray(classes, np.int64)[order], np.asarray(areas, np.float64)[order]
@@ -59,7 +61,7 @@ class DetectionDataset:
     def image(self, index: int) -> Image.Image:
         """RGB picture, EXIF orientation applied. Raises DataError if it is broken or not of the size
         stated."""
-        path = self.paths[index].decode()
+        path = os.fsdecode(self.paths[index])
         image = read_image(path)
         height, width = self.sizes[index]
         if image.size != (width, height):
@@ -164,7 +166,7 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     joined = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
     offsets = np.cumsum([0] + [len(c["image_ids"]) for c in columns])
     joined["image_index"] = np.concatenate([c["image_index"] + o for c, o in zip(columns, offsets)])
-    _refuse_duplicates(joined["image_ids"], "image id", parts[-1][0])
+    _refuse_duplicates(joined["image_ids"].tolist(), "image id", parts[-1][0])
     order = _class_order(names, list(categories.values()), parts[0][0])
     id_of = {name: category for category, name in categories.items()}
     category_ids = [id_of[name] for name in order]
@@ -174,22 +176,28 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
                             notes=notes)
 
 
+_ID, _NUMBER = (int, str), (int, float)
+_COCO_FIELDS = {"images": {"id": _ID, "file_name": str, "width": _NUMBER, "height": _NUMBER},
+                "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": list},
+                "categories": {"id": _ID, "name": str}}
+
+
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise DataError(f"annotation file {path} does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows tools write a byte order mark
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
-    for key in ("images", "annotations", "categories"):
+    for key, fields in _COCO_FIELDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{path}: not a COCO annotation file, the list {key!r} is missing")
-    for key, fields in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name")),
-                        ("annotations", ("id", "image_id", "category_id", "bbox"))):
         for row in content[key]:
-            missing = [f for f in fields if f not in row] if isinstance(row, dict) else fields
-            if missing:
-                raise DataError(f"{path}: {key} entry {str(row)[:80]} lacks {', '.join(missing)}")
+            wrong = [field for field, kind in fields.items()
+                     if not isinstance(row, dict) or not isinstance(row.get(field), kind)]
+            if wrong:
+                raise DataError(f"{path}: {key} entry {str(row)[:80]}: {', '.join(wrong)} missing or of a "
+                                f"wrong type")
     if not content["images"] or not content["categories"]:
         raise DataError(f"{path}: has {len(content['images'])} images and "
                         f"{len(content['categories'])} categories")
@@ -198,27 +206,28 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _refuse_duplicates(values, what: str, path):
-    unique, counts = np.unique(np.asarray(values), return_counts=True)
-    if (counts > 1).any():
-        raise DataError(f"{path}: {what} {unique[counts > 1][0]} occurs {counts.max()} times")
+def _refuse_duplicates(values: list, what: str, path):
+    if len(set(values)) < len(values):
+        value, count = Counter(values).most_common(1)[0]
+        raise DataError(f"{path}: {what} {value!r} occurs {count} times")
 
 
 def _coco_columns(content: dict, categories: dict, path: Path, folder: Path, notes: list[str]) -> dict:
     images, annotations = content["images"], content["annotations"]
     for image in images:
-        if not (_is_number(image["width"]) and _is_number(image["height"])
-                and image["width"] > 0 and image["height"] > 0):
+        if not (1 <= image["width"] < math.inf and 1 <= image["height"] < math.inf):
             raise DataError(f"{path}: image {image['id']}: width {image['width']}, height {image['height']}")
     position = {image["id"]: i for i, image in enumerate(images)}
     _refuse_duplicates([image["id"] for image in images], "image id", path)
     for a in annotations:
         where = f"{path}: annotation {a['id']}"
         if a["image_id"] not in position:
-            raise DataError(f"{where}: points to image {a['image_id']}, which is not in the file")
+            raise DataError(f"{where}: points to image {a['image_id']!r}, which is not in the file")
         if a["category_id"] not in categories:
-            raise DataError(f"{where} (image {a['image_id']}): unknown category {a['category_id']}")
-        if not (isinstance(a["bbox"], list) and len(a["bbox"]) == 4 and all(map(_is_number, a["bbox"]))):
+            raise DataError(f"{where} (image {a['image_id']}): unknown category {a['category_id']!r}")
+        if a.get("iscrowd") not in (None, 0, 1):
+            raise DataError(f"{where} (image {a['image_id']}): iscrowd is {a['iscrowd']!r}, not 0 or 1")
+        if not (len(a["bbox"]) == 4 and all(isinstance(v, _NUMBER) for v in a["bbox"])):
             raise DataError(f"{where} (image {a['image_id']}): bbox {a['bbox']} is not [x, y, width, height]")
     ids = [a["id"] for a in annotations]
     _refuse_duplicates(ids, "annotation id", path)
@@ -232,17 +241,17 @@ def _coco_columns(content: dict, categories: dict, path: Path, folder: Path, not
     keep = _usable(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[index], lambda i: (
         f"{path}: image {annotations[i]['image_id']}, annotation {ids[i]}, "
         f"bbox {annotations[i]['bbox']}"), notes)
-    area = [a["area"] if _is_number(a.get("area")) else a["bbox"][2] * a["bbox"][3] for a in annotations]
+    area = [a["area"] if isinstance(a.get("area"), _NUMBER) else a["bbox"][2] * a["bbox"][3]
+            for a in annotations]
     paths = [str(folder / image["file_name"]) for image in images]
     _refuse_missing_images(paths, path)
-    return {"image_ids": np.array([image["id"] for image in images]), "paths": np.array(paths, np.bytes_),
+    image_ids = np.array([image["id"] for image in images])
+    if image_ids.tolist() != [image["id"] for image in images]:
+        raise DataError(f"{path}: image ids must be all text or all numbers below 2^63")
+    return {"image_ids": image_ids, "paths": np.array(paths),
             "sizes": sizes, "boxes": boxes[keep], "areas": np.array(area, np.float64)[keep],
             "category": np.array([a["category_id"] for a in annotations])[keep], "image_index": index[keep],
-            "crowd": np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)[keep]}
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+            "crowd": np.array([bool(a.get("iscrowd")) for a in annotations], bool)[keep]}
 
 
 def _usable(boxes: np.ndarray, solid: np.ndarray, sizes: np.ndarray, name, notes: list[str]) -> np.ndarray:
@@ -277,11 +286,12 @@ def _usable(boxes: np.ndarray, solid: np.ndarray, sizes: np.ndarray, name, notes
 
 def _refuse_missing_images(paths: list[str], source):
     """One listing per folder instead of one look per file: 118k files take under a second."""
-    listed = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else None
-              for folder in {os.path.dirname(path) for path in paths}}
-    missing = [path for path in paths if os.path.basename(path) not in (listed[os.path.dirname(path)] or ())]
+    folders = [os.path.dirname(path) or "." for path in paths]
+    listed = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else None for folder in set(folders)}
+    missing = [path for path, folder in zip(paths, folders)
+               if os.path.basename(path) not in (listed[folder] or ())]
     if missing:
-        folder = os.path.dirname(missing[0])
+        folder = os.path.dirname(missing[0]) or "."
         what = (f"image folder {folder} does not exist" if listed[folder] is None
                 else f"{missing[0]} does not exist")
         raise DataError(f"{what}: {len(missing)} of {len(paths)} images of {source} are missing")
@@ -306,10 +316,10 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
         for line in listing.read_text().splitlines():
             if not line.strip():
                 continue
-            name = line.split()[0]
+            name = re.sub(r"\s+-?[01]$", "", line.strip())  # lists of one class end in 1, 0 or -1
             path = base / "Annotations" / f"{name}.xml"
-            size, objects = _read_voc_file(path)
-            paths.append(str(base / "JPEGImages" / f"{name}.jpg"))
+            size, suffix, objects = _read_voc_file(path)
+            paths.append(str(base / "JPEGImages" / f"{name}{suffix}"))
             if size is None:
                 size = read_image(paths[-1]).size[::-1]
             rows += [(len(image_ids), path, *obj) for obj in objects]
@@ -341,8 +351,9 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
         [row[5] for row in kept], index[keep], notes, voc=True)
 
 
-def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
-    """((height, width) or None, [(class name, number, (xmin, ymin, xmax, ymax), difficult)]) of one file."""
+def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[tuple]]:
+    """((height, width) or None, suffix of the picture, [(class name, number, (xmin, ymin, xmax, ymax),
+    difficult)]) of one file."""
     if not path.is_file():
         raise DataError(f"annotation file {path} does not exist")
     try:
@@ -350,7 +361,7 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
     except ElementTree.ParseError as error:
         raise DataError(f"{path}: not XML ({error})") from error
     try:
-        size = (int(tree.findtext("size/height", "0")), int(tree.findtext("size/width", "0")))
+        size = tuple(int(float(tree.findtext(f"size/{side}", "0"))) for side in ("height", "width"))
         objects = []
         for number, obj in enumerate(tree.iter("object"), start=1):
             box = tuple(float(obj.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
@@ -359,7 +370,8 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, list[tuple]]:
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a VOC annotation, a size, name or bndbox is missing or no number "
                         f"({error})") from error
-    return (size if min(size) > 0 else None), objects
+    suffix = Path(tree.findtext("filename", "").strip()).suffix or ".jpg"
+    return (size if min(size) > 0 else None), suffix, objects
 
 
 # ---------------------------------------------------------------------------------------------- shapes
@@ -543,6 +555,17 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
         boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), axis=1)
     return {"image": np.asarray(image), "boxes": boxes, "labels": labels,
             "image_id": dataset.image_ids[index].item(), "index": index, "original_size": (height, width)}
+
+
+def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,
+                 pad_to: tuple[int, int]):
+    """Raises DataError if an image of the dataset, resized, does not fit the fixed input size pad_to."""
+    for i, (height, width) in enumerate(dataset.sizes.tolist()):
+        for min_size in min_sizes:
+            shape = resized_shape(height, width, min_size, max_size)
+            if shape[0] > pad_to[0] or shape[1] > pad_to[1]:
+                raise DataError(f"image {dataset.image_ids[i]} is {shape[0]} x {shape[1]} (height, width) "
+                                f"after resizing: it does not fit --pad-to {pad_to[0]} {pad_to[1]}")
 
 
 def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | None = None) -> dict:

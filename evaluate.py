@@ -6,8 +6,8 @@
     python evaluate.py --detections runs/fcos/detections.json --data coco --split val2017
     python evaluate.py --ckpt C.pth --images photos/              no annotations: drawings and detections.json
 
-Written to --out (the checkpoint's folder by default): detections.json (COCO result format),
-metrics.json, pictures/.
+Written to --out (by default the checkpoint's folder, for --images its subfolder images): detections.json
+(COCO result format), metrics.json, pictures/.
 """
 import os
 
@@ -20,6 +20,8 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
+import re
 import time
 from datetime import timedelta
 from functools import partial
@@ -34,7 +36,16 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
 from backbone import WeightsError
-from data import DataError, DetectionDataset, TestSamples, collate, open_dataset, read_image, resized_shape
+from data import (
+    DataError,
+    DetectionDataset,
+    TestSamples,
+    check_pad_to,
+    collate,
+    open_dataset,
+    read_image,
+    resized_shape,
+)
 from fcos import FCOS
 
 # COCO's 12 lines
@@ -88,6 +99,16 @@ def _import_npu():
         raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({error}); it needs CANN and "
                          f"the torch_npu release that matches torch {torch.__version__}") from error
     torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
+
+
+def make_folder(path: Path):
+    """Make an output folder before any work is done for it. Raises DataError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be used as a folder ({error})") from error
 
 
 def synchronize(device: torch.device):
@@ -236,6 +257,8 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
     (11-point) and "AP50_VOC" (all-point).
     """
     _check_results(dataset, results)
+    if not results:
+        print("warning: there is not a single detection")
     metrics = _coco_scores(dataset, results)
     columns = {"AP": metrics["per_class"]}
     if dataset.voc:
@@ -264,10 +287,18 @@ def _check_results(dataset: DetectionDataset, results: list[dict]):
         missing = {"image_id", "category_id", "bbox", "score"} - set(result)
         if missing:
             raise DataError(f"detection {i} lacks {', '.join(sorted(missing))}")
-        if result["image_id"] not in images:
-            raise DataError(f"detection {i}: image_id {result['image_id']} is not in the dataset")
-        if result["category_id"] not in categories:
-            raise DataError(f"detection {i}: category_id {result['category_id']} is not in the dataset")
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if not isinstance(result[key], (int, str)) or result[key] not in known:
+                raise DataError(f"detection {i}: {key} {result[key]!r} is not in the dataset")
+        box = result["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
+            raise DataError(f"detection {i}: bbox {box!r} is not [x, y, width, height]")
+        if not _is_finite(result["score"]):
+            raise DataError(f"detection {i}: score {result['score']!r} is not a number")
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
@@ -287,11 +318,8 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
                          "iscrowd": int(dataset.crowd[i] or dataset.difficult[i])} for i in range(len(xywh))]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-    if not results:
-        print("warning: there is not a single detection")
-        return {**dict.fromkeys(METRICS, 0.0), "per_class": dict.fromkeys(dataset.names, 0.0)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        found = truth.loadRes([dict(r) for r in results]) if results else COCO()  # it refuses an empty list
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     evaluation.summarize()
@@ -378,7 +406,12 @@ def draw(dataset: DetectionDataset, results: list[dict], folder: Path, count: in
             x, y, w, h = (v * zoom for v in result["bbox"])
             draw_box(canvas, (x, y, x + w, y + h), class_colour(label),
                      f"{dataset.names[label]} {result['score']:.2f}")
-        image.save(folder / f"{Path(str(image_id)).stem}{'.png' if zoom > 1 else '.jpg'}")
+        image.save(folder / f"{file_name(image_id)}{'.png' if zoom > 1 else '.jpg'}")
+
+
+def file_name(image_id: int | str) -> str:
+    """An image id as part of a file name: ids may hold folders."""
+    return re.sub(r"[^\w.-]", "_", str(image_id))
 
 
 def enlarge(image: Image.Image) -> tuple[Image.Image, int]:
@@ -413,7 +446,6 @@ def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, ba
                              world, pad_to)
     if rank > 0:
         return {}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "detections.json", results)
     metrics = score(dataset, results)
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in timing.items()}
@@ -433,7 +465,7 @@ def write_json(path: Path, content):
 def read_results(path: Path) -> list[dict]:
     """detections.json of any detector in COCO result format. Raises DataError naming the file."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as detections ({error})") from error
     if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
@@ -490,8 +522,11 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections")
     run.add_argument("--pictures", type=int, default=8, help="draw the first N images")
     args = parser.parse_args()
-    if not args.ckpt and not (args.detections and (args.data or args.json)):
+    if bool(args.ckpt) == bool(args.detections) or args.detections and not (args.data or args.json):
         parser.error("give --ckpt, or --detections together with --data")
+    for name in ("min_size", "max_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
         parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
     return args
@@ -499,13 +534,13 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    if args.detections and not args.ckpt:
+    if args.detections:
+        out = args.out or args.detections.parent
+        make_folder(out)
         split = args.split or ("val" if args.data == "shapes" else "val2017")
         dataset = open_dataset(args.data or "", split, args.json, args.image_dir)
         results = read_results(args.detections)
         metrics = score(dataset, results)
-        out = args.out or args.detections.parent
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "metrics.json", metrics)
         draw(dataset, results, out / "pictures", args.pictures)
         return
@@ -514,25 +549,32 @@ def main():
     trained = info["args"]
     if args.score_threshold is not None:
         model.score_threshold = args.score_threshold
-    out = args.out or Path(args.ckpt).parent
+    # Without annotations there is nothing to compare: the run's own detections stay where they are.
+    out = args.out or Path(args.ckpt).parent / ("images" if args.images else "")
+    make_folder(out)
     if args.images:
         dataset = image_folder(args.images, info["names"], info["category_ids"])
     elif args.data or args.json:
         dataset = open_dataset(args.data or "", args.split or trained["val_split"], args.json, args.image_dir,
                                info["names"])
+    elif trained["train_json"] and not trained["val_json"] or args.split and trained["val_json"]:
+        raise DataError(f"{args.ckpt}: was trained on a file of its own: say what to score with --json and "
+                        f"--image-dir (or --data and --split)")
     else:
         dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
                                trained["val_images"], info["names"])
+    pad_to = args.pad_to or trained["pad_to"]
     min_size, max_size = args.min_size or max(trained["min_size"]), args.max_size or trained["max_size"]
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if pad_to:
+        check_pad_to(dataset, [min_size], max_size, pad_to)
     if rank == 0:
         print(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
               f"short side {min_size}, long side at most {max_size} px")
     if args.images:
         results, _ = detect(model, dataset, device, min_size, max_size, args.batch_size, args.workers, amp,
-                            rank, world)
+                            rank, world, pad_to)
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
             write_json(out / "detections.json", results)
             draw(dataset, results, out / "pictures", len(dataset))
             print(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
@@ -540,7 +582,7 @@ def main():
     for note in dataset.notes if rank == 0 else ():
         print(note)
     evaluate(model, dataset, device, out, min_size, max_size, args.batch_size, args.workers, amp, rank, world,
-             args.pad_to, args.pictures)
+             pad_to, args.pictures)
 
 
 if __name__ == "__main__":

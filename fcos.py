@@ -14,7 +14,8 @@ default the improved one (38.7 AP):
 Letters: B images, C classes, G gt objects (padded), L levels, P points of all levels, H W feature
 height, width. Points of all levels are concatenated, finest level first, each in the row-major
 order of `feature.flatten(2)`.
-`# DIFFERS:` marks departures from the paper; the README lists them.
+`# DIFFERS:` marks where published implementations disagree and says whom this one follows; the README lists
+them.
 """
 import math
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, normalise_images
+from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, WeightsError, normalise_images
 from ops import batched_nms, clip_boxes, giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
@@ -312,6 +313,9 @@ def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         ("bbox_head.conv_centerness.", "head.centerness."))
     renamed = {}
     for key, value in state_dict.items():
+        key = key.removeprefix("module.")
+        if not key.startswith(("backbone.", "neck.", "bbox_head.")):
+            continue
         for old, new in rules:
             key = key.replace(old, new)
         if key.startswith("bbox_head.scales."):
@@ -321,6 +325,8 @@ def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             tower = "cls_tower" if tower == "cls_convs" else "box_tower"
             key = f"head.{tower}.{3 * int(i) + (layer == 'gn')}.{leaf}"
         renamed[key] = value
+    if "head.centerness.weight" not in renamed or "backbone.layer1.0.conv2.weight" not in renamed:
+        raise WeightsError(f"not an FCOS of mmdetection: it has keys like {sorted(state_dict)[:3]}")
     original = "head.cls_tower.0.bias" not in renamed
     conv2 = renamed["backbone.layer1.0.conv2.weight"]
     caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet

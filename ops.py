@@ -125,6 +125,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
     first.
     """
     if _has_torchvision_kernel(boxes):
+        if boxes.numel():  # it moves classes apart by an offset that supposes coordinates >= 0
+            boxes = boxes.float() - boxes.float().min().clamp(max=0)
         return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)
     return nms_plain(boxes, scores, iou_threshold, labels)
 

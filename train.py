@@ -4,7 +4,8 @@
     python train.py --data coco --micro-batch 4               COCO on one GPU: 16 images a step, 4 at a time
     torchrun --nproc_per_node 8 train.py --data coco          COCO on 8 GPUs, 2 images each
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data coco
-    python train.py --data my_data --epochs 30 --init runs/fcos/last.pth --resume
+    python train.py --data my_data --epochs 30 --init runs/fcos/last.pth --out runs/mine
+    python train.py --resume runs/mine/last.pth
 
 The file reads from top to bottom: arguments, learning rate, parameter groups, checkpoints, then main(), in
 which the training loop is written out. The README has a recipe for every published number.
@@ -33,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backbone import ARCHITECTURES, WeightsError, load_imagenet
-from data import DataError, StepBatches, TrainSamples, collate, open_dataset
-from evaluate import build_model, evaluate, read_checkpoint, run_script, setup_device
+from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
+from evaluate import build_model, evaluate, make_folder, read_checkpoint, run_script, setup_device
 
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
 # Steps at the reference batch and where the lr drops tenfold (Detectron's model zoo).
@@ -127,8 +128,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--no-eval", action="store_true")
     run.add_argument("--pictures", type=int, default=8, help="evaluation draws the first N images")
     args = parser.parse_args(argv)
+    if args.resume or args.init:  # what is not given again is what the checkpoint was trained with
+        path = args.init
+        if args.resume:
+            path = args.out or Path("runs") / args.model
+            path = path / "last.pth" if args.resume == "last" else Path(args.resume)
+            parser.set_defaults(out=path.parent)
+        saved = read_checkpoint(path)["args"]
+        kept = ("backbone", "fpn_channels", "caffe", "original") if not args.resume else [
+            key for key in saved if key not in ("resume", "init", "out", "device")
+            and not (key in ("epochs", "max_steps") and (args.epochs or args.max_steps))]
+        parser.set_defaults(**{key: saved[key] for key in kept})
+        args = parser.parse_args(argv)
+        args.resume = path if args.resume else None
 
-    for name, value in (SHAPES_DEFAULTS if args.data == "shapes" else DEFAULTS).items():
+    toy = args.data == "shapes" and not args.train_json
+    for name, value in (SHAPES_DEFAULTS if toy else DEFAULTS).items():
         if getattr(args, name, None) is None and not (name == "epochs" and args.max_steps):
             setattr(args, name, value)
     args.weights = args.weights or args.backbone
@@ -140,12 +155,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.out = args.out or Path("runs") / args.model
     args.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if args.workers is None else args.workers
+    if args.train_json and not args.val_json and args.data == "shapes" and not args.no_eval:
+        parser.error("give --val-json and --val-images as well, or --no-eval")
+    for name in ("seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
     for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
                  "max_steps", "epochs", "eval_every"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if min(args.min_size) <= 0:
-        parser.error(f"--min-size must be positive, not {min(args.min_size)}")
+    for name in ("min_size", "pad_to"):
+        if min(getattr(args, name) or [1]) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {min(getattr(args, name))}")
     if args.max_steps and args.epochs:
         parser.error("give --epochs or --max-steps, not both")
     # At 32 a group norm group would be one channel: nothing to normalise on a 1 x 1 level.
@@ -208,7 +229,7 @@ def save_checkpoint(path: Path, content: dict):
     os.replace(temporary, path)
 
 
-def load_init(model: torch.nn.Module, path: str, names: list[str]):
+def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
     """Weights to fine-tune from. The class predictor of a checkpoint with other classes is left as
     initialised."""
     checkpoint = read_checkpoint(path)
@@ -224,7 +245,7 @@ def load_init(model: torch.nn.Module, path: str, names: list[str]):
                            f"{checkpoint['args']['fpn_channels']}, original={checkpoint['args']['original']}")
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key not in replaced}})
     if replaced:
-        print(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
+        say(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
 
 
 def rng_states(world: int) -> list[torch.Tensor]:
@@ -265,6 +286,7 @@ def main():
     device, rank, world = setup_device(args.device)
     say = print if rank == 0 else lambda *_: None
     say(environment(device, world))
+    make_folder(args.out)
 
     # ---- batch
     if args.batch_size % world:
@@ -286,6 +308,9 @@ def main():
         val_set = open_dataset(args.data, args.val_split, args.val_json, args.val_images, train_set.names)
         for line in val_set.notes:
             say(line)
+    if args.pad_to:
+        for dataset in filter(None, (train_set, val_set)):
+            check_pad_to(dataset, args.min_size, args.max_size, args.pad_to)
     filled = train_set.non_empty(args.use_difficult)
     indices = filled if args.drop_empty else np.arange(len(train_set))
     say(f"{len(indices)} training images, {len(train_set) - len(filled)} of {len(train_set)} have no object "
@@ -311,7 +336,7 @@ def main():
     torch.manual_seed(args.seed)
     model = build_model(vars(args), len(train_set.names))
     if args.init:
-        load_init(model, args.init, train_set.names)
+        load_init(model, args.init, train_set.names, say)
     elif args.weights != "none" and not args.resume:
         pixels = load_imagenet(model.backbone, args.weights)
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in pixels)
@@ -330,12 +355,15 @@ def main():
 
     # ---- resume
     start = 0
-    args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     torch.manual_seed(args.seed + rank)
     if args.resume:
-        path = args.out / "last.pth" if args.resume == "last" else Path(args.resume)
+        path = args.resume
         checkpoint = read_checkpoint(path)
+        for key in ("optimizer", "norm", "freeze_at", "backbone", "fpn_channels", "original", "caffe"):
+            if settings[key] != checkpoint["args"][key]:
+                raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'][key]}, not "
+                                   f"{settings[key]}: a resumed run cannot change that (--init can)")
         if checkpoint["names"] != train_set.names:
             raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data has "
                                f"{train_set.names}; use --init to fine-tune on other classes")
@@ -358,6 +386,12 @@ def main():
             raise SystemExit(f"error: {path} is at step {start}, the run ends at {max_steps}: nothing left "
                              f"to train (evaluate.py scores it)")
 
+    elif rank == 0:  # a new run in an old folder keeps what is there
+        for name in ("last.pth", "log.jsonl"):
+            if (args.out / name).exists():
+                os.replace(args.out / name, args.out / f"earlier_{name}")
+                say(f"{args.out / name} of an earlier run is now earlier_{name}")
+
     def save(step: int):
         states = rng_states(world)
         if rank > 0:
@@ -373,7 +407,8 @@ def main():
     # A signal only leaves a note: the step ends first, then all ranks save and stop together.
     # Set before the loader forks its workers: Ctrl-C must not kill them under a running step.
     interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    defaults = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in defaults:
         signal.signal(number, lambda number, _: interrupted.append(number))
     ddp = model if world == 1 else DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device.index])
@@ -419,8 +454,8 @@ def main():
             if not finite:
                 print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, "
                       f"gradient norm {norm.item()}, images {image_ids}", flush=True)
-            raise SystemExit(f"error: loss or gradient is not finite at step {step}; {args.out / 'last.pth'} "
-                             f"was not touched. Lower --lr, lengthen --warmup-steps or lower --clip"
+            raise SystemExit(f"error: loss or gradient is not finite at step {step}; the last "
+                             f"checkpoint is kept. Lower --lr, lengthen --warmup-steps or lower --clip"
                              if rank == 0 else 1)
         scaler.step(optimizer)
         scaler.update(static_scale)
@@ -449,13 +484,17 @@ def main():
             loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), done
         if done % args.save_every == 0 or done == max_steps or stopping:
             save(done)
-        if stopping:
+        if stopping and done < max_steps:
             say(f"interrupted: saved {args.out / 'last.pth'} at step {done}; go on with --resume")
             return
         if val_set and (done == max_steps or args.eval_every and done % args.eval_every == 0):
+            for number, handler in defaults.items():  # nothing is lost if an evaluation is cut off
+                noting = signal.signal(number, handler)
             evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size,
                      workers=args.workers, amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to,
                      pictures=args.pictures)
+            for number in defaults:
+                signal.signal(number, noting)
             window = time.perf_counter()
 
 

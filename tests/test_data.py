@@ -60,6 +60,10 @@ BROKEN = {  # change of the json: what the message must name
     "duplicate annotation": (lambda c: c["annotations"][1].update(id=1), ["annotation id 1", "2 times"]),
     "duplicate image": (lambda c: c["images"][1].update(id=7), ["image id 7", "2 times"]),
     "duplicate category": (lambda c: c["categories"][1].update(id=5), ["category id 5"]),
+    "category id as text": (lambda c: c["annotations"][0].update(category_id="5"), ["unknown category '5'"]),
+    "class name as number": (lambda c: c["categories"][0].update(name=1), ["name missing or of a wrong"]),
+    "iscrowd as text": (lambda c: c["annotations"][0].update(iscrowd="0"), ["tion 1", "iscrowd is '0'"]),
+    "mixed image ids": (lambda c: c["images"][2].update(id="9"), ["all text or all numbers"]),
     "bbox of three": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ["annotation 1", "[1, 2, 3]"]),
     "bbox of text": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]),
                      ["annotation 1", "['1', 2, 3, 4]"]),
@@ -138,6 +142,16 @@ def test_a_file_and_a_folder_named_directly(coco, tmp_path):
         open_dataset("anything", "any", str(json_path))
 
 
+def test_names_of_any_alphabet_a_byte_order_mark_and_the_current_folder(coco, tmp_path, monkeypatch):
+    root = coco(lambda c: c["images"][0].update(file_name="bär.jpg"))
+    (tmp_path / "train2017" / "a.jpg").rename(tmp_path / "train2017" / "bär.jpg")
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert open_dataset(root, "train2017").image(0).size == (40, 30)
+    monkeypatch.chdir(tmp_path / "train2017")
+    assert len(open_dataset("", "", str(path), ".")) == 3
+
+
 def test_classes_follow_the_model_by_name(coco):
     root = coco()
     dataset = open_dataset(root, "train2017", names=["dog", "cat"])
@@ -209,6 +223,19 @@ def test_voc_own_classes_and_size_from_the_picture(voc):
     assert dataset.names == ["ant", "zebra"] and dataset.sizes.tolist() == [[30, 40], [30, 40]]
     with pytest.raises(DataError, match="000001.xml: unknown class 'zebra'"):
         open_dataset(voc(("zebra", 0, 2, 2, 9, 9)), "2007_trainval", names=["ant"])
+
+
+def test_voc_names_with_spaces_and_other_suffixes(voc, tmp_path):
+    root = voc(("dog", 0, 2, 2, 9, 9))
+    base = tmp_path / "VOC2007"
+    for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        (base / folder / f"000002{suffix}").rename(base / folder / f"my dog{suffix.replace('.jpg', '.PNG')}")
+    xml = base / "Annotations" / "my dog.xml"
+    text = xml.read_text().replace("<size>", "<filename>my dog.PNG</filename><size>")
+    xml.write_text(text.replace("40", "40.0"))
+    (base / "ImageSets" / "Main" / "dog_trainval.txt").write_text("000001  1\nmy dog -1\n")
+    dataset = open_dataset(root, "2007_dog_trainval")
+    assert dataset.image_ids.tolist() == ["000001", "my dog"] and dataset.image(1).size == (40, 30)
 
 
 def test_voc_mistakes_are_named(voc, tmp_path):

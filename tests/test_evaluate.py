@@ -80,12 +80,16 @@ def test_scores_equal_pycocotools_on_the_file_itself(coco_mini):
 
 def test_no_detections_give_zero_and_a_warning(capsys):
     metrics = score(dataset_of([[10, 10, 30, 30]], [0], [0]), [])
+    assert metrics["per_class"] == {"a": 0.0, "b": None} and metrics["APl"] is None
     assert metrics["AP"] == 0.0 and "not a single detection" in capsys.readouterr().out
 
 
 def test_foreign_detections_are_refused():
     dataset = dataset_of([[10, 10, 30, 30]], [0], [0])
-    for change, words in (({"image_id": 99}, "image_id 99"), ({"category_id": 7}, "category_id 7")):
+    for change, words in (({"image_id": 99}, "image_id 99"), ({"category_id": 7}, "category_id 7"),
+                          ({"image_id": [11]}, "image_id .11."), ({"bbox": None}, "bbox None"),
+                          ({"bbox": [0, 0, float("nan"), 5]}, "bbox .0, 0, nan"),
+                          ({"score": "0.5"}, "score '0.5'"), ({"bbox": [0, 0, -3, 5]}, "bbox .0, 0, -3, 5. is not")):
         with pytest.raises(DataError, match=words):
             score(dataset, [{**found(11, [0, 0, 5, 5], 0.5), **change}])
     with pytest.raises(DataError, match="lacks bbox"):
@@ -231,6 +235,7 @@ def test_a_folder_of_pictures_is_drawn(trained, script, tmp_path):
     (["--detections", "no.json", "--data", "shapes", "--split", "val"],
      "error: no.json: cannot be read as detections"),
     ([], "give --ckpt, or --detections together with --data"),
+    (["--ckpt", "CKPT", "--min-size", "-5"], "--min-size must be positive"),
     (["--ckpt", "CKPT", "--data", "nowhere"], "error: data folder nowhere does not exist"),
     (["--ckpt", "CKPT", "--images", "nowhere"], "error: nowhere: no pictures"),
     (["--ckpt", "CKPT", "--device", "cuda"], "error: --device cuda, but torch sees no CUDA GPU"),

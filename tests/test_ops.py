@@ -293,3 +293,11 @@ def test_mean_over_one_rank_is_the_value_without_gradient():
     value = torch.tensor([3., 5.], requires_grad=True)
     mean = ops.mean_over_ranks(value * 2)
     assert mean.tolist() == [6.0, 10.0] and not mean.requires_grad
+
+
+def test_classes_stay_apart_at_negative_coordinates():
+    # torchvision moves the second class by the largest coordinate + 1 = 21, which would lay one on the other.
+    boxes = torch.tensor([[10., 10., 20., 20.], [-11., -11., -1., -1.]])
+    scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 1])
+    assert ops.batched_nms(boxes, scores, labels, 0.5).tolist() == [0, 1]
+    assert ops.nms_plain(boxes, scores, 0.5, labels).tolist() == [0, 1]

@@ -61,11 +61,16 @@ def test_defaults_depend_on_the_data():
     assert (coco.optimizer, coco.weight_decay, coco.batch_size) == ("sgd", 1e-4, 16)
     # Random weights must not be frozen.
     assert (scratch.norm, scratch.freeze_at, scratch.optimizer) == ("batch", 0, "adamw")
+    files = parse_args(["--train-json", "a", "--train-images", "b", "--no-eval"])  # not the built-in set
+    assert (files.backbone, files.min_size, files.batch_size) == ("resnet50", [800], 16)
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--batch-size", "-2"], "--batch-size must be positive"), (["--lr", "0"], "--lr must be positive"),
     (["--backbone", "vgg"], "invalid choice: 'vgg'"), (["--epochs", "1", "--max-steps", "5"], "not both"),
+    (["--clip", "-1"], "--clip must not be negative"), (["--lr", "nan"], "--lr must be positive"),
+    (["--train-json", "a", "--train-images", "b"], "give --val-json"),
+    (["--pad-to", "0", "9"], "--pad-to must be positive"),
     (["--fpn-channels", "40"], "multiple of 64"), (["--freeze-at", "9"], "0..5"),
     (["--loss-scale", "big"], "'dynamic' or a positive number"),
     (["--min-size", "0"], "--min-size must be positive")])
@@ -134,8 +139,9 @@ def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path):
     command = (*TINY, "--norm", "affine", "--max-steps", 4, "--no-eval")
     losses = []
     for ranks in (1, 2):
-        code, _, err = script(*command, ranks=ranks)
+        code, out, err = script(*command, ranks=ranks)
         assert code == 0, err
+        assert ("an earlier run is now earlier_last.pth" in out) == (ranks == 2)
         losses.append([row["loss"] for row in rows(tmp_path)[-4:]])
     assert losses[1] == pytest.approx(losses[0], rel=2e-4)
     code, out, err = script(*command, "--micro-batch", 2)
@@ -170,6 +176,8 @@ def test_fine_tuning_replaces_the_head_of_other_classes(tmp_path, capsys):
     (["--init", "no.pth"], "error: checkpoint no.pth does not exist"),
     (["--micro-batch", "3"], "error: --batch-size 4 is not 1 ranks x a multiple of --micro-batch 3"),
     (["--amp", "fp16"], "error: --amp fp16 needs a GPU or NPU"),
+    (["--pad-to", "96", "96"], "it does not fit --pad-to 96 96"),
+    (["--out", "/dev/null"], "cannot be used as a folder"), (["--seed", "-1"], "--seed must not be negative"),
     (["--device", "cuda"], "error: --device cuda, but torch sees no CUDA GPU"),
     (["--lr", "1e9", "--clip", "0", "--warmup-steps", "0"], "error: loss or gradient is not finite at step"),
 ])
