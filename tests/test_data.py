@@ -129,7 +129,7 @@ def test_splits_are_joined(coco, tmp_path):
     assert dataset.image_ids.tolist() == [7, 3, 9]
     assert dataset.paths[2].decode() == str(tmp_path / "val2014" / "c.jpg")
     coco(lambda c: None, "instances_valminusminival2014.json")
-    with pytest.raises(DataError, match="image id 3 occurs 2 times"):
+    with pytest.raises(DataError, match="image id 7 occurs 2 times"):
         open_dataset(root, "train2017+valminusminival2014")
 
 

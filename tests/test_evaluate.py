@@ -89,7 +89,8 @@ def test_foreign_detections_are_refused():
     for change, words in (({"image_id": 99}, "image_id 99"), ({"category_id": 7}, "category_id 7"),
                           ({"image_id": [11]}, "image_id .11."), ({"bbox": None}, "bbox None"),
                           ({"bbox": [0, 0, float("nan"), 5]}, "bbox .0, 0, nan"),
-                          ({"score": "0.5"}, "score '0.5'"), ({"bbox": [0, 0, -3, 5]}, "bbox .0, 0, -3, 5. is not")):
+                          ({"score": "0.5"}, "score '0.5'"),
+                          ({"bbox": [0, 0, -3, 5]}, "bbox .0, 0, -3, 5. is not")):
         with pytest.raises(DataError, match=words):
             score(dataset, [{**found(11, [0, 0, 5, 5], 0.5), **change}])
     with pytest.raises(DataError, match="lacks bbox"):
@@ -194,10 +195,10 @@ def test_detections_do_not_depend_on_the_batch_size(trained):
     (one, timing), (many, _) = (detect(model, dataset, torch.device("cpu"), 128, 128, size, workers=0)
                                 for size in (1, 5))
     assert len(one) == len(many) > 0 and set(timing) == {"loading", "network", "post-processing"}
-    for a, b in zip(one, many):
-        assert a["image_id"] == b["image_id"] and a["category_id"] == b["category_id"]
-        assert (a["bbox"] == pytest.approx(b["bbox"], abs=2e-3)
-                and a["score"] == pytest.approx(b["score"], abs=2e-6))
+    for a in one:  # after three steps scores are nearly equal, so the order may differ
+        assert any(a["image_id"] == b["image_id"] and a["category_id"] == b["category_id"]
+                   and a["bbox"] == pytest.approx(b["bbox"], abs=2e-3)
+                   and a["score"] == pytest.approx(b["score"], abs=2e-6) for b in many)
     assert all(isinstance(v, (int, float)) for v in one[0]["bbox"])
 
 
