@@ -468,10 +468,11 @@ def main():
             means = torch.stack([loss_sums[name] for name in names]) / steps
             if world > 1:
                 dist.all_reduce(means)
+            means = dict(zip(names, (means / world).tolist()))
             seconds = time.perf_counter() - window
             row = {"step": done, "epoch": round(done / batches.steps_per_epoch, 3),
-                   "loss": sum((means / world).tolist()), **dict(zip(names, (means / world).tolist())),
-                   "lr": lr, "data_s": data_seconds / steps, "step_s": seconds / steps,
+                   "loss": sum(means.values()), **means, "lr": lr,
+                   "data_s": data_seconds / steps, "step_s": seconds / steps,
                    "images_per_s": steps * args.batch_size / seconds, "memory_gb": peak_memory(device),
                    "eta_s": (max_steps - done) * seconds / steps}
             say(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
