@@ -303,6 +303,37 @@ class _NumpyUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def rename_mmdet_detector(state_dict: dict[str, Tensor], head: dict[str, str],
+                          tower_layers: int) -> dict[str, Tensor]:
+    """Weights of mmdetection's one-stage detectors (2.x and 3.x) under the names used here.
+
+    head: {their name of a predictor: ours}. tower_layers: modules that one convolution of our towers takes
+    (with norm and ReLU). Keys outside backbone, neck and head are left out.
+    """
+    neck = {"lateral_convs.0": "lateral.0", "lateral_convs.1": "lateral.1", "lateral_convs.2": "lateral.2",
+            "fpn_convs.0": "output.0", "fpn_convs.1": "output.1", "fpn_convs.2": "output.2",
+            "fpn_convs.3": "p6", "fpn_convs.4": "p7"}
+    towers = {"cls_convs": "cls_tower", "reg_convs": "box_tower"}
+    renamed = {}
+    for key, value in state_dict.items():
+        part, _, rest = key.removeprefix("module.").partition(".")
+        if part == "backbone":
+            renamed[f"backbone.{rest}"] = value
+        elif part == "neck":
+            name, _, leaf = rest.partition(".conv.")
+            renamed[f"fpn.{neck.get(name, name)}.{leaf}"] = value
+        elif part == "bbox_head":
+            name, _, leaf = rest.partition(".")
+            if name in towers:
+                i, layer, leaf = leaf.split(".")
+                leaf = f"{tower_layers * int(i) + (layer != 'conv')}.{leaf}"
+            elif name == "scales":  # scales.0.scale
+                leaf = leaf.removesuffix(".scale")
+            name = towers.get(name) or head.get(name, name)
+            renamed[f"head.{name}.{leaf}"] = value
+    return renamed
+
+
 def _download(file_name: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path, url = folder / file_name, TORCHVISION_URL + file_name

@@ -23,8 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, WeightsError, normalise_images
-from ops import batched_nms, clip_boxes, giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
+from backbone import (
+    CAFFE_PIXELS,
+    FPN,
+    TORCHVISION_PIXELS,
+    ResNet,
+    WeightsError,
+    normalise_images,
+    rename_mmdet_detector,
+)
+from ops import best_pairs, final_detections, giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
 LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))  # max(l, t, r, b) in px, Sec. 3.2
@@ -204,32 +212,15 @@ def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_siz
     """Detections of one image.
 
     Per level the PRE_NMS_TOP_K (point, class) pairs with the best class score above the threshold
-    stay; the score becomes class score x centerness, boxes are clipped, empty ones dropped;
-    class-wise NMS; MAX_DETECTIONS best.
+    stay; the score becomes class score x centerness; then NMS.
 
     logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. height,
     width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,)
     int64}, best first; N may be 0.
     """
-    # DIFFERS: mmdetection 3.x's choice of pairs, by class score. mmdetection 2.x keeps the 1000 *points* with
-    # the best class score x centerness, and all classes of each; AdelaiDet ranks pairs by that product.
-    num_classes = logits.shape[-1]
-    kept = []
-    first = 0
-    for size in level_sizes:
-        scores = logits[first:first + size].sigmoid().flatten()
-        best, pair = scores.topk(min(PRE_NMS_TOP_K, scores.numel()))
-        pair = pair[best > score_threshold] + first * num_classes
-        kept.append(pair)
-        first += size
-    pair = torch.cat(kept)
-    point, labels = pair // num_classes, pair % num_classes
-    scores = logits[point, labels].sigmoid() * centerness[point].sigmoid()
-    boxes = clip_boxes(boxes[point], height, width)
-    not_empty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    boxes, scores, labels = boxes[not_empty], scores[not_empty], labels[not_empty]
-    keep = batched_nms(boxes, scores, labels, nms_threshold)[:MAX_DETECTIONS]
-    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+    point, labels, scores = best_pairs(logits, level_sizes, PRE_NMS_TOP_K, score_threshold)
+    scores = scores * centerness[point].sigmoid()
+    return final_detections(boxes[point], scores, labels, height, width, nms_threshold, MAX_DETECTIONS)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -304,27 +295,8 @@ def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     False for a ResNeXt. Caffe weights saw BGR: conv1 is flipped to RGB. pixel_mean and pixel_std
     of the published recipe are added.
     """
-    rules = (
-        ("neck.lateral_convs.0.conv.", "fpn.lateral.0."), ("neck.lateral_convs.1.conv.", "fpn.lateral.1."),
-        ("neck.lateral_convs.2.conv.", "fpn.lateral.2."), ("neck.fpn_convs.0.conv.", "fpn.output.0."),
-        ("neck.fpn_convs.1.conv.", "fpn.output.1."), ("neck.fpn_convs.2.conv.", "fpn.output.2."),
-        ("neck.fpn_convs.3.conv.", "fpn.p6."), ("neck.fpn_convs.4.conv.", "fpn.p7."),
-        ("bbox_head.conv_cls.", "head.cls_logits."), ("bbox_head.conv_reg.", "head.ltrb."),
-        ("bbox_head.conv_centerness.", "head.centerness."))
-    renamed = {}
-    for key, value in state_dict.items():
-        key = key.removeprefix("module.")
-        if not key.startswith(("backbone.", "neck.", "bbox_head.")):
-            continue
-        for old, new in rules:
-            key = key.replace(old, new)
-        if key.startswith("bbox_head.scales."):
-            key = f"head.scales.{key.split('.')[2]}"
-        elif key.startswith(("bbox_head.cls_convs.", "bbox_head.reg_convs.")):
-            _, tower, i, layer, leaf = key.split(".")
-            tower = "cls_tower" if tower == "cls_convs" else "box_tower"
-            key = f"head.{tower}.{3 * int(i) + (layer == 'gn')}.{leaf}"
-        renamed[key] = value
+    head = {"conv_cls": "cls_logits", "conv_reg": "ltrb", "conv_centerness": "centerness"}
+    renamed = rename_mmdet_detector(state_dict, head, tower_layers=3)
     if "head.centerness.weight" not in renamed or "backbone.layer1.0.conv2.weight" not in renamed:
         raise WeightsError(f"not an FCOS of mmdetection: it has keys like {sorted(state_dict)[:3]}")
     original = "head.cls_tower.0.bias" not in renamed
