@@ -47,6 +47,7 @@ from data import (
     resized_shape,
 )
 from fcos import FCOS
+from fsaf import FSAF
 
 # COCO's 12 lines
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -120,8 +121,11 @@ def synchronize(device: torch.device):
 
 def build_model(args: dict, num_classes: int) -> torch.nn.Module:
     """The detector that train.py's arguments describe, with fresh weights."""
-    return FCOS(num_classes, args["backbone"], caffe=args["caffe"], original=args["original"],
-                norm=args["norm"], freeze_at=args["freeze_at"], fpn_channels=args["fpn_channels"])
+    shared = {key: args[key] for key in ("backbone", "caffe", "norm", "freeze_at", "fpn_channels")}
+    if args["model"] == "fcos":
+        return FCOS(num_classes, original=args["original"], **shared)
+    return FSAF(num_classes, joint=args["fsaf_branch"] == "both", anchor_only=args["fsaf_branch"] == "anchor",
+                ignore_scale=args["ignore_scale"], **shared)
 
 
 def read_checkpoint(path: str | Path) -> dict:

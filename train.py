@@ -1,6 +1,7 @@
 """Train a detector.
 
     python train.py --model fcos                              built-in shapes, minutes on a laptop CPU
+    python train.py --model fsaf --fsaf-joint                 likewise: FSAF and RetinaNet's branch together
     python train.py --data coco --micro-batch 4               COCO on one GPU: 16 images a step, 4 at a time
     torchrun --nproc_per_node 8 train.py --data coco          COCO on 8 GPUs, 2 images each
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data coco
@@ -36,14 +37,20 @@ from torch.utils.data import DataLoader
 from backbone import ARCHITECTURES, WeightsError, load_imagenet
 from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
 from evaluate import build_model, evaluate, make_folder, read_checkpoint, run_script, setup_device
+from fsaf import EFFECTIVE_SCALE
 
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
 # Steps at the reference batch and where the lr drops tenfold (Detectron's model zoo).
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
              "s1x": (130_000, (100_000, 120_000))}
-WARMUP_FACTOR = 1 / 3
 MOMENTUM = 0.9
-BIAS_LR_FACTOR, BIAS_DECAY = 2.0, 0.0  # of convolution biases (FCOS's published recipe)
+# In what the published recipes differ. bias_lr, bias_decay: of convolution biases, times those of the rest.
+RECIPES = {
+    "fcos": {"clip": 35.0, "norm": "frozen", "warmup_factor": 1 / 3, "bias_lr": 2.0, "bias_decay": 0.0},
+    "fsaf": {"clip": 10.0, "norm": "affine", "warmup_factor": 1e-3, "bias_lr": 1.0, "bias_decay": 1.0},
+}
+# The arguments that say which model it is: a checkpoint decides them unless they are given again.
+MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "fsaf_branch", "ignore_scale")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes: small on the built-in set, the published recipe elsewhere.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
@@ -64,9 +71,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="fcos", choices=("fcos",))
+    model.add_argument("--model", default="fcos", choices=RECIPES)
     model.add_argument("--original", action="store_true",
                        help="FCOS as first published, without the improvements")
+    model.add_argument("--fsaf-branch", default="free", choices=("free", "anchor", "both"),
+                       help="FSAF's anchor-free branch, RetinaNet's anchor-based one, or both")
+    model.add_argument("--fsaf-joint", action="store_const", dest="fsaf_branch", const="both",
+                       help="the same as --fsaf-branch both: the paper's joint form")
+    model.add_argument("--ignore-scale", type=float,
+                       help="FSAF's ignore region over the box: 0.2 (default) or 0.5 (default with both "
+                            "branches)")
     model.add_argument("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
     model.add_argument("--weights",
                        help="ImageNet weights: none, a file, or a backbone's name for torchvision's "
@@ -75,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="stride on the first 1x1: for Detectron's R-50, R-101")
     model.add_argument("--norm", choices=("frozen", "affine", "batch"),
                        help="batch norm of the backbone: fixed, trained scale, ordinary "
-                            "(default: frozen with --weights, batch from scratch)")
+                            "(default: batch from scratch, else frozen for fcos, affine for fsaf)")
     model.add_argument("--freeze-at", type=int,
                        help="stages that do not train (default: 2 with --weights, else 0)")
     model.add_argument("--fpn-channels", type=int, help="default: 256 (shapes: 64)")
@@ -112,7 +126,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--max-steps", type=int, help="length in steps, likewise")
     optim.add_argument("--warmup-steps", type=int, help="default: 500 or a tenth of the run (shapes: 50)")
     optim.add_argument("--weight-decay", type=float, help="default: 0.0001; adamw: 0.05")
-    optim.add_argument("--clip", type=float, default=35.0, help="limit of the gradient's L2 norm, 0 = none")
+    optim.add_argument("--clip", type=float,
+                       help="limit of the gradient's L2 norm, 0 = none (default: fcos 35, fsaf 10)")
     optim.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     optim.add_argument("--loss-scale", default="dynamic", help="for fp16: dynamic or a number")
     run = parser.add_argument_group("run")
@@ -135,9 +150,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             path = path / "last.pth" if args.resume == "last" else Path(args.resume)
             parser.set_defaults(out=path.parent)
         saved = read_checkpoint(path)["args"]
-        kept = ("backbone", "fpn_channels", "caffe", "original") if not args.resume else [
-            key for key in saved if key not in ("resume", "init", "out", "device")
-            and not (key in ("epochs", "max_steps") and (args.epochs or args.max_steps))]
+        kept = [key for key in saved if key in MODEL_ARGS or args.resume
+                and key not in ("resume", "init", "out", "device")
+                and not (key in ("epochs", "max_steps") and (args.epochs or args.max_steps))]
         parser.set_defaults(**{key: saved[key] for key in kept})
         args = parser.parse_args(argv)
         args.resume = path if args.resume else None
@@ -148,7 +163,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     args.weights = args.weights or args.backbone
     scratch = args.weights == "none" and not args.init
-    args.norm = args.norm or ("batch" if scratch else "frozen")
+    recipe = RECIPES[args.model]
+    args.norm = args.norm or ("batch" if scratch else recipe["norm"])
+    args.clip = recipe["clip"] if args.clip is None else args.clip
     args.freeze_at = (0 if scratch else 2) if args.freeze_at is None else args.freeze_at
     args.optimizer = args.optimizer or ("adamw" if scratch else "sgd")
     for name, value in OPTIMISERS[args.optimizer].items():
@@ -173,6 +190,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.fpn_channels % 64:
         parser.error(f"--fpn-channels must be a multiple of 64 (32 groups of two or more), "
                      f"not {args.fpn_channels}")
+    if args.model != "fcos" and args.original:
+        parser.error("--original is a form of FCOS: give --model fcos")
+    if args.model != "fsaf" and (args.fsaf_branch != "free" or args.ignore_scale is not None):
+        parser.error("--fsaf-joint, --fsaf-branch and --ignore-scale belong to --model fsaf")
+    if args.ignore_scale is not None and not EFFECTIVE_SCALE <= args.ignore_scale <= 1:
+        parser.error(f"--ignore-scale must be {EFFECTIVE_SCALE} (no ring) to 1, not {args.ignore_scale}")
     if not 0 <= args.freeze_at <= 5:
         parser.error(f"--freeze-at must be 0..5 (stem and four stages), not {args.freeze_at}")
     if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
@@ -189,21 +212,22 @@ def _is_positive(text: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------- optimisation
 
-def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int,
+def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int, warmup_factor: float,
                   constant_warmup: bool) -> float:
-    """Rate of a step (0-based): warm-up from WARMUP_FACTOR, linear or constant, then a tenth after each drop.
+    """Rate of a step (0-based): warm-up from warmup_factor, linear or constant, then a tenth after each drop.
 
     A function of the step alone, so that a resumed run continues it by construction.
     """
     rate = base_lr * 0.1 ** sum(step >= drop for drop in drops)
     if step >= warmup_steps:
         return rate
-    return rate * (WARMUP_FACTOR if constant_warmup else 1 - (1 - step / warmup_steps) * (1 - WARMUP_FACTOR))
+    return rate * (warmup_factor if constant_warmup else 1 - (1 - step / warmup_steps) * (1 - warmup_factor))
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: convolution biases learn at BIAS_LR_FACTOR times the rate and do not decay;
-    all else is plain.
+def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float,
+                     bias_decay: float) -> list[dict]:
+    """Optimizer groups: convolution biases learn and decay at bias_lr and bias_decay times what the rest
+    does.
 
     As in mmdetection 2.x the weight and bias of a norm layer are not such biases: both decay.
     """
@@ -214,7 +238,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             (biases if name in convolutions else plain).append(parameter)
     return [{"params": plain, "weight_decay": weight_decay, "lr_factor": 1.0},
-            {"params": biases, "weight_decay": BIAS_DECAY, "lr_factor": BIAS_LR_FACTOR}]
+            {"params": biases, "weight_decay": weight_decay * bias_decay, "lr_factor": bias_lr}]
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -234,15 +258,14 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
     initialised."""
     checkpoint = read_checkpoint(path)
     state, own = checkpoint["model"], model.state_dict()
-    replaced = [key for key in own
-                if key.startswith("head.cls_logits.") and checkpoint["names"] != list(names)]
+    replaced = [key for key in own if key.startswith(("head.cls_logits.", "head.anchor_logits."))
+                and checkpoint["names"] != list(names)]
     wrong = [key for key in own
              if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
     if wrong or set(state) - set(own):
+        trained = ", ".join(f"{key} {checkpoint['args'].get(key)}" for key in MODEL_ARGS)
         raise WeightsError(f"{path}: not this model (different in "
-                           f"{(wrong or sorted(set(state) - set(own)))[:3]}); "
-                           f"it was trained with --backbone {checkpoint['args']['backbone']} --fpn-channels "
-                           f"{checkpoint['args']['fpn_channels']}, original={checkpoint['args']['original']}")
+                           f"{(wrong or sorted(set(state) - set(own)))[:3]}); it was trained with {trained}")
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key not in replaced}})
     if replaced:
         say(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
@@ -344,7 +367,8 @@ def main():
             model.pixel_mean.copy_(mean)
             model.pixel_std.copy_(std)
     model.to(device, memory_format=torch.channels_last)
-    groups = parameter_groups(model, args.weight_decay)
+    recipe = RECIPES[args.model]
+    groups = parameter_groups(model, args.weight_decay, recipe["bias_lr"], recipe["bias_decay"])
     optimizer = (torch.optim.SGD(groups, lr=base_lr, momentum=MOMENTUM) if args.optimizer == "sgd" else
                  torch.optim.AdamW(groups, lr=base_lr))
     static_scale = None if args.loss_scale == "dynamic" else float(args.loss_scale)
@@ -360,9 +384,9 @@ def main():
     if args.resume:
         path = args.resume
         checkpoint = read_checkpoint(path)
-        for key in ("optimizer", "norm", "freeze_at", "backbone", "fpn_channels", "original", "caffe"):
-            if settings[key] != checkpoint["args"][key]:
-                raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'][key]}, not "
+        for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at"):
+            if settings[key] != checkpoint["args"].get(key):
+                raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'].get(key)}, not "
                                    f"{settings[key]}: a resumed run cannot change that (--init can)")
         if checkpoint["names"] != train_set.names:
             raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data has "
@@ -421,7 +445,8 @@ def main():
     loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), start
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
     for step in range(start, max_steps):
-        lr = learning_rate(step, base_lr, drops, warmup_steps, constant_warmup=args.original)
+        lr = learning_rate(step, base_lr, drops, warmup_steps, recipe["warmup_factor"],
+                           constant_warmup=args.original)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         image_ids = []
