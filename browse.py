@@ -1,12 +1,15 @@
-"""Look at a dataset before training on it: its boxes, or the targets FCOS makes of them.
+"""Look at a dataset before training on it: its boxes, or the targets FCOS makes of them. Or look at what a
+trained FSAF makes of it: the level each object chooses.
 
     python browse.py                                     the built-in shapes
     python browse.py --data coco --split train2017       COCO, VOC or your own data
     python browse.py --data coco --split val2017 --targets --min-size 800 --max-size 1333
+    python browse.py --split val --levels runs/fsaf/last.pth
 
 Prints the class table and every problem found, and draws the first images into --out. With --targets an
 image becomes a row of panels, one per pyramid level: a dot is a positive point, in the colour of the object
-it learns.
+it learns. With --levels a box has the colour of the level on which its loss is smallest, and dots where it is
+learned there.
 """
 import os
 
@@ -18,9 +21,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from data import DetectionDataset, load_sample, open_dataset
-from evaluate import class_colour, draw_box, enlarge, file_name, make_folder, run_script
+from backbone import WeightsError
+from data import DetectionDataset, collate, load_sample, open_dataset
+from evaluate import class_colour, draw_box, enlarge, file_name, load_model, make_folder, run_script
 from fcos import STRIDES, fcos_targets, image_points
+from fsaf import FSAF, NO_LOSS, level_losses, select_level
+from fsaf import image_points as corner_points
 
 PANEL = 400  # px, longer side of a level's panel
 
@@ -70,6 +76,37 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
     return row
 
 
+@torch.no_grad()
+def draw_levels(model: FSAF, dataset: DetectionDataset, index: int, min_size: int,
+                max_size: int) -> tuple[Image.Image, list[tuple[int, float]]]:
+    """One image with the level that each object chooses (FSAF Sec. 3.3), and its (level, side in px) pairs.
+
+    An object without an effective cell on any level has none and is left out.
+    """
+    sample = load_sample(dataset, index, min_size, max_size)
+    batch = collate([sample])
+    outputs = model.network(batch["images"], batch["sizes"])
+    arguments = model.free_targets(outputs, batch["sizes"], batch["gt_boxes"], batch["gt_labels"])
+    _, _, targets, _, _, level_sizes = arguments
+    losses = level_losses(*arguments)[0]
+    points = corner_points(outputs["shapes"])[0].split(level_sizes)
+    owner = targets.owner[0].split(level_sizes)
+
+    image, zoom = enlarge(Image.fromarray(sample["image"]))
+    canvas = ImageDraw.Draw(image)
+    chosen = []
+    for i, level in enumerate(select_level(losses).tolist()):
+        if losses[i, level] == NO_LOSS:  # crowds and padding, too
+            continue
+        box, label = sample["boxes"][i], sample["labels"][i]
+        chosen.append((level, float(((box[2] - box[0]) * (box[3] - box[1])) ** 0.5)))
+        draw_box(canvas, box * zoom, class_colour(level), f"P{level + 3} {dataset.names[label]}")
+        radius = max(2, STRIDES[level] * zoom / 6)
+        for x, y in (points[level][owner[level] == i] * zoom).tolist():
+            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), class_colour(level), "black")
+    return image, chosen
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,24 +117,47 @@ def main():
     parser.add_argument("--count", type=int, default=8, help="draw the first N images")
     parser.add_argument("--targets", action="store_true", help="draw FCOS's targets instead of the boxes")
     parser.add_argument("--original", action="store_true", help="targets of the original form of FCOS")
-    parser.add_argument("--min-size", type=int, help="short side for --targets (default: 800; shapes: 128)")
+    parser.add_argument("--levels", metavar="CKPT", help="draw the levels that objects choose in this FSAF")
+    parser.add_argument("--min-size", type=int,
+                        help="short side at which targets and levels are found (default: the checkpoint's, "
+                             "800 for --targets; shapes: 128)")
     parser.add_argument("--max-size", type=int, help="limit of the long side (default: 1333; shapes: 128)")
     parser.add_argument("--out", type=Path, default=Path("runs/browse"))
     args = parser.parse_args()
+    if args.targets and args.levels:
+        parser.error("give --targets or --levels, not both")
     shapes = args.data == "shapes"
     split = args.split or ("train" if shapes else "train2017")
-    dataset = open_dataset(args.data, split, args.json, args.image_dir)
+    min_size, max_size = (128, 128) if shapes else (800, 1333)
+    if args.levels:
+        model, info = load_model(args.levels)
+        if not isinstance(model, FSAF) or not model.head.free:
+            raise WeightsError(f"{args.levels}: --levels needs an FSAF with its anchor-free branch, this is "
+                               f"{info['args']['model']}")
+        min_size, max_size = max(info["args"]["min_size"]), info["args"]["max_size"]
+    min_size, max_size = args.min_size or min_size, args.max_size or max_size
+    dataset = open_dataset(args.data, split, args.json, args.image_dir,
+                           info["names"] if args.levels else None)
     for line in (*dataset.notes, dataset.table()):
         print(line)
     make_folder(args.out)
-    for index in range(min(args.count, len(dataset))):
+    count, chosen = min(args.count, len(dataset)), []
+    for index in range(count):
+        kind = ""
         if args.targets:
-            picture = draw_targets(dataset, index, args.min_size or (128 if shapes else 800),
-                                   args.max_size or (128 if shapes else 1333), args.original)
+            picture, kind = draw_targets(dataset, index, min_size, max_size, args.original), "_targets"
+        elif args.levels:
+            (picture, levels), kind = draw_levels(model, dataset, index, min_size, max_size), "_levels"
+            chosen += levels
         else:
             picture = draw_objects(dataset, index)
-        picture.save(args.out / f"{file_name(dataset.image_ids[index])}{'_targets' * args.targets}.png")
-    print(f"{min(args.count, len(dataset))} drawings in {args.out}")
+        picture.save(args.out / f"{file_name(dataset.image_ids[index])}{kind}.png")
+    for level in range(len(STRIDES) if args.levels else 0):
+        sides = sorted(side for at, side in chosen if at == level)
+        print(f"P{level + 3}: {len(sides)} objects"
+              + (f", side {sides[0]:.0f} to {sides[-1]:.0f} px, median {sides[len(sides) // 2]:.0f}"
+                 if sides else ""))
+    print(f"{count} drawings in {args.out}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ IGNORE_SCALE_JOINT = 0.5  # epsilon_i: likewise of the ignore region, Sec. 3.2
 # scale = effective scale (R-50: 37.4 AP, with the ring 36.0).
 IGNORE_SCALE = 0.2
 CROWD_SCALE = 0.5  # of a crowd region, the part in which nothing is learned (mmdetection)
-MIN_COVERED = 0.01  # share of a cell's square that a region must cover (mmdetection)
+# DIFFERS: share of a cell's square that a region must cover, as in mmdetection: a large cell that touches the
+# region counts. In the paper the cells inside the projected region do.
+MIN_COVERED = 0.01
 NORMALIZER = 4.0  # S: the unit of the predicted distances, in strides, Sec. 3.2
 # DIFFERS: mmdetection's start; the paper's is 0.1.
 INITIAL_DISTANCE = 0.25
@@ -194,9 +196,7 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
     points (P, 2), strides (P,): from `image_points`; gt_boxes (G, 4) px, gt_labels (G,) int64, -1 = padding,
     -2 = crowd; inside: (P,) bool, points of the padded image itself. G may be 0.
     """
-    if gt_boxes.shape[0] == 0:  # a shape, not a value: min needs a column to look at
-        gt_boxes, gt_labels = gt_boxes.new_zeros(1, 4), gt_labels.new_full((1,), -1)
-    gt_boxes = gt_boxes.float()
+    gt_boxes, gt_labels = _at_least_one_row(gt_boxes.float(), gt_labels)
     crowd = _strictly_inside(points, _shrink(gt_boxes, CROWD_SCALE)) & (gt_labels == -2)
     dropped = ~inside | crowd.any(dim=1)
 
@@ -214,6 +214,14 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
     same_class = gt_labels == gt_labels[owner][:, None]
     positive &= ~(region & another & same_class).any(dim=1)
     return FreeTargets(torch.where(positive, owner, -1), region, dropped)
+
+
+def _at_least_one_row(gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A padding row where (..., G, 4) and (..., G) have G = 0, a shape and not a value: `min` and `gather`
+    need one."""
+    if gt_labels.shape[-1]:
+        return gt_boxes, gt_labels
+    return gt_boxes.new_zeros(*gt_labels.shape[:-1], 1, 4), gt_labels.new_full((*gt_labels.shape[:-1], 1), -1)
 
 
 def _shrink(boxes: Tensor, scale: float) -> Tensor:
@@ -245,8 +253,7 @@ def anchor_targets(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, inside:
     anchors (N, 4); gt_boxes (G, 4) px, gt_labels (G,) int64, < 0 for padding and crowds, which no anchor
     sees; inside: (N,) bool. G may be 0. Returns (N,) int64: object index, -1 = background, -2 = neither.
     """
-    if gt_boxes.shape[0] == 0:
-        gt_boxes, gt_labels = gt_boxes.new_zeros(1, 4), gt_labels.new_full((1,), -1)
+    gt_boxes, gt_labels = _at_least_one_row(gt_boxes, gt_labels)
     iou = torch.where((gt_labels >= 0)[:, None] & inside, pairwise_iou(gt_boxes, anchors), 0.0)  # (G, N)
     best, index = iou.max(dim=0)
     # DIFFERS: as in Detectron and torchvision, an anchor that is the best of some object keeps the object
@@ -297,8 +304,8 @@ def level_losses(logits: Tensor, boxes: Tensor, targets: FreeTargets, gt_boxes: 
     logits (B, P, C), boxes (B, P, 4) px, targets of B images, gt_boxes (B, G, 4), gt_labels (B, G), G > 0.
     level_sizes: points per level. Returns (B, G, L); NO_LOSS where an object has no effective cell.
     """
-    # DIFFERS: as in mmdetection the focal loss of all classes counts, and cells that a smaller object has
-    # taken do not. The paper's mean runs over the whole effective region.
+    # DIFFERS: as in mmdetection, cells that a smaller object has taken do not count. The paper's mean runs
+    # over the whole effective region. The focal loss of all classes counts; in one port only the object's.
     labels, target_boxes = _targets_of(targets.owner, gt_boxes, gt_labels)
     cls_loss, box_loss = point_losses(logits, boxes, labels, target_boxes)
     weights = class_weights(targets.region, targets.dropped, labels, gt_labels, logits.shape[-1])
@@ -498,13 +505,6 @@ class FSAF(nn.Module):
             found.append(final_detections(*(torch.cat(parts) for parts in zip(*candidates)), *sizes[i],
                                           self.nms_threshold, MAX_DETECTIONS))
         return found
-
-
-def _at_least_one_row(gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A padding row for a batch without any object row (a shape, not a value): `gather` needs one."""
-    if gt_boxes.shape[1]:
-        return gt_boxes, gt_labels
-    return gt_boxes.new_zeros(len(gt_boxes), 1, 4), gt_labels.new_full((len(gt_labels), 1), -1)
 
 
 def _inside(points: Tensor, size: Tensor) -> Tensor:

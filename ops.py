@@ -5,16 +5,12 @@ so a box is x2 - x1 wide (no "+1"). Everything here runs in float32, also under 
 float16.
 """
 import math
+from functools import cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-try:  # Only a fast path: a CPU build of torch cannot load the registry's torchvision; an NPU has no kernels.
-    import torchvision.ops as torchvision_ops
-except Exception:  # a torch / torchvision mismatch raises RuntimeError, not ImportError
-    torchvision_ops = None
 
 MAX_GROWTH = 1000 / 16  # of a decoded side over its anchor, lest exp overflows (Detectron)
 NMS_BLOCK = 256  # boxes the plain NMS decides together: enough for few rounds, not too many for the IoUs
@@ -136,7 +132,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     indices (M,) int64, best score first; equal scores keep their input order. The result is that of
     `torchvision.ops.nms`, which is called where it has a kernel.
     """
-    if _has_torchvision_kernel(boxes):
+    torchvision_ops = _torchvision_ops(boxes.device.type)
+    if torchvision_ops:
         return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)
     return nms_plain(boxes, scores, iou_threshold)
 
@@ -147,7 +144,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
     boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score
     first.
     """
-    if _has_torchvision_kernel(boxes):
+    torchvision_ops = _torchvision_ops(boxes.device.type)
+    if torchvision_ops:
         if boxes.numel():  # it moves classes apart by an offset that supposes coordinates >= 0
             boxes = boxes.float() - boxes.float().min().clamp(max=0)
         return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)
@@ -180,9 +178,17 @@ def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tenso
     return order[kept]
 
 
-def _has_torchvision_kernel(boxes: Tensor) -> bool:
-    # On an NPU torchvision falls back to the CPU: the plain form stays on the device.
-    return torchvision_ops is not None and boxes.device.type in ("cpu", "cuda")
+@cache  # imported at the first call: it takes longer than torch itself
+def _torchvision_ops(device_type: str):
+    """torchvision's kernels, or None. Only a fast path: a CPU build of torch cannot load the registry's
+    torchvision, and on an NPU it falls back to the CPU, where the plain form stays on the device."""
+    if device_type not in ("cpu", "cuda"):
+        return None
+    try:
+        import torchvision.ops
+    except Exception:  # a torch / torchvision mismatch raises RuntimeError, not ImportError
+        return None
+    return torchvision.ops
 
 
 def _float32_below(value: float) -> float:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DETECTION_SHARED", ROOT.parent / "shared"))
 DATA = Path(os.environ.get("DETECTION_DATA", SHARED / "data"))
 sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
 
 
 @pytest.fixture
@@ -26,6 +27,18 @@ def _data(name: str) -> Path:
     if not (DATA / name).is_dir():
         pytest.skip(f"{DATA / name} is absent (set DETECTION_DATA)")
     return DATA / name
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch, capsys):
+    """Runs a script's main() in this process, in a fresh folder; gives the line with which it stops."""
+    def run(main, *words) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            evaluate.run_script(main)
+        return stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    return run
 
 
 @pytest.fixture

@@ -1,8 +1,15 @@
+import math
+
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from browse import PANEL, draw_targets
+import browse
+from browse import PANEL, draw_levels, draw_targets
 from data import open_dataset
+from evaluate import class_colour
+from fsaf import FSAF
 
 
 def test_boxes_and_targets_are_drawn(script, tmp_path):
@@ -25,7 +32,26 @@ def test_each_level_has_a_panel_and_dots_only_where_points_are_positive():
         assert below_the_text.any() == dotted
 
 
-def test_a_mistake_ends_in_one_line(script, tmp_path):
+def test_an_object_has_the_colour_of_the_level_that_predicts_it_best():
+    dataset = open_dataset("shapes", "val")
+    model = FSAF(8, "resnet18", fpn_channels=64).eval()
+    torch.nn.init.zeros_(model.head.tblr.weight)
+    # Where every cell predicts the same, sides of a stride each way, the level is that of the object's size:
+    # 2 strides. The objects of picture 0 are larger than 16 px and smaller than 256.
+    torch.nn.init.constant_(model.head.tblr.bias, 0.25)
+    picture, chosen = draw_levels(model, dataset, 0, 128, 128)
+    objects = dataset.boxes[dataset.first[0]:dataset.first[1]]
+    assert len(chosen) == len(objects) > 0
+    for (level, side), box in zip(chosen, objects):
+        assert side == pytest.approx(math.sqrt((box[2] - box[0]) * (box[3] - box[1])), rel=1e-3)
+        assert abs(level - math.log2(side / 16)) < 1.5
+        assert (np.asarray(picture) == class_colour(level)).all(-1).any()
+    empty = int(np.flatnonzero(np.diff(dataset.first) == 0)[0])
+    assert draw_levels(model, dataset, empty, 128, 128)[1] == []
+
+
+def test_mistakes_end_in_one_line(mistake, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    code, _, err = script("browse.py", "--data", tmp_path)
-    assert code != 0 and "neither COCO layout" in err and "Traceback" not in err
+    assert "neither COCO layout" in mistake(browse.main, "--data", tmp_path)
+    assert "not both" in mistake(browse.main, "--targets", "--levels", "x.pth")
+    assert "checkpoint x.pth does not exist" in mistake(browse.main, "--levels", "x.pth")
