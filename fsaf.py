@@ -34,8 +34,8 @@ from ops import (
     encode_boxes,
     final_detections,
     iou_loss,
+    match_anchors,
     mean_over_ranks,
-    pairwise_iou,
     sigmoid_focal_loss,
 )
 
@@ -243,28 +243,6 @@ def _covered(points: Tensor, strides: Tensor, boxes: Tensor) -> Tensor:
     return side[..., 0] * side[..., 1] / strides[:, None] ** 2
 
 
-@torch.no_grad()
-def anchor_targets(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, inside: Tensor) -> Tensor:
-    """The object every anchor learns (RetinaNet, Sec. 4).
-
-    An anchor takes the object it overlaps most, if with an IoU of at least FOREGROUND_IOU, or if no anchor
-    overlaps that or another object more than it does. It is background below BACKGROUND_IOU.
-
-    anchors (N, 4); gt_boxes (G, 4) px, gt_labels (G,) int64, < 0 for padding and crowds, which no anchor
-    sees; inside: (N,) bool. G may be 0. Returns (N,) int64: object index, -1 = background, -2 = neither.
-    """
-    gt_boxes, gt_labels = _at_least_one_row(gt_boxes, gt_labels)
-    iou = torch.where((gt_labels >= 0)[:, None] & inside, pairwise_iou(gt_boxes, anchors), 0.0)  # (G, N)
-    best, index = iou.max(dim=0)
-    # DIFFERS: as in Detectron and torchvision, an anchor that is the best of some object keeps the object
-    # that it overlaps most itself. In mmdetection it changes to the former.
-    best_of_object = iou.amax(dim=1, keepdim=True)
-    low_quality = ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
-    match = torch.where(best < BACKGROUND_IOU, -1, -2)
-    match = torch.where((best >= FOREGROUND_IOU) | low_quality, index, match)
-    return torch.where(inside, match, -2)
-
-
 # ---------------------------------------------------------------------------------------------- losses
 
 def point_losses(logits: Tensor, boxes: Tensor, labels: Tensor,
@@ -368,7 +346,7 @@ def anchor_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, match: Tensor
                   gt_labels: Tensor) -> dict[str, Tensor]:
     """RetinaNet's focal loss and L1 loss over the number of positive anchors (RetinaNet, Sec. 4).
 
-    logits (B, N, C), deltas (B, N, 4), anchors (N, 4) px, match (B, N): from `anchor_targets`;
+    logits (B, N, C), deltas (B, N, 4), anchors (N, 4) px, match (B, N): from `match_anchors`;
     gt_boxes (B, G, 4), gt_labels (B, G), G > 0. Without positives "box" is 0, with a graph.
     Returns {"cls", "box"}, each () float32.
     """
@@ -480,7 +458,8 @@ class FSAF(nn.Module):
         anchors = image_anchors(self.base_anchors, outputs["shapes"])
         points, _ = image_points(outputs["shapes"], gt_boxes.device)
         per_point = self.base_anchors.shape[1]
-        match = torch.stack([anchor_targets(anchors, *gt, _inside(points, size).repeat_interleave(per_point))
+        match = torch.stack([match_anchors(anchors, *gt, FOREGROUND_IOU, BACKGROUND_IOU,
+                                           _inside(points, size).repeat_interleave(per_point))
                              for *gt, size in zip(gt_boxes, gt_labels, sizes)])
         return anchor_losses(outputs["anchor_logits"], outputs["anchor_deltas"], anchors, match, gt_boxes,
                              gt_labels)

@@ -44,6 +44,32 @@ def clip_boxes(boxes: Tensor, height, width) -> Tensor:
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
+@torch.no_grad()
+def match_anchors(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, foreground_iou: float,
+                  background_iou: float, usable: Tensor | None = None) -> Tensor:
+    """The object every anchor learns (Faster R-CNN, arXiv 1506.01497, Sec. 3.1.2).
+
+    An anchor takes the object it overlaps most, if with an IoU of at least foreground_iou, or if no anchor
+    overlaps that or another object more than it does. It is background below background_iou.
+
+    anchors (N, 4); gt_boxes (G, 4) px, gt_labels (G,) int64, < 0 for padding and crowds, which no anchor
+    sees; G may be 0. usable: (N,) bool; other anchors match nothing. Returns (N,) int64: object index,
+    -1 = background, -2 = neither.
+    """
+    # One more row, an object that overlaps nothing: G may be 0.
+    iou = F.pad(torch.where((gt_labels >= 0)[:, None], pairwise_iou(gt_boxes, anchors), 0.0), (0, 0, 0, 1))
+    if usable is not None:
+        iou = torch.where(usable, iou, 0.0)
+    best, index = iou.max(dim=0)
+    # DIFFERS: as in Detectron and torchvision, an anchor that is the best of some object keeps the object
+    # that it overlaps most itself. In mmdetection it changes to the former.
+    best_of_object = iou.amax(dim=1, keepdim=True)
+    low_quality = ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
+    match = torch.where(best < background_iou, -1, -2)
+    match = torch.where((best >= foreground_iou) | low_quality, index, match)
+    return match if usable is None else torch.where(usable, match, -2)
+
+
 def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
     """Offsets of boxes from their anchors (R-CNN, arXiv 1311.2524, App. C).
 

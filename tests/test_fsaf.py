@@ -25,7 +25,6 @@ from fsaf import (
     FSAF,
     FreeTargets,
     anchor_losses,
-    anchor_targets,
     base_anchors,
     class_weights,
     fsaf_decode,
@@ -36,7 +35,7 @@ from fsaf import (
     level_losses,
     select_level,
 )
-from ops import decode_boxes, encode_boxes, iou_loss, sigmoid_focal_loss
+from ops import decode_boxes, encode_boxes, iou_loss, match_anchors, sigmoid_focal_loss
 
 
 @pytest.fixture(scope="module")
@@ -369,10 +368,14 @@ def test_matches_equal_torchvisions(torchvision_pair):
     _, theirs, _, (anchors,) = torchvision_pair
     from torchvision.ops import box_iou
     expected = theirs.proposal_matcher(box_iou(GT[:4], anchors))
-    found = anchor_targets(anchors, GT, GT_LABELS, torch.ones(len(anchors), dtype=torch.bool))
+    found = match_anchors(anchors, GT, GT_LABELS, 0.5, 0.4)
     assert torch.equal(found, expected)
     assert set(found.tolist()) == {-2, -1, 0, 1, 2, 3}  # object 2 is small: only the low-quality rule gets it
-    assert (anchor_targets(anchors, GT[:0], GT_LABELS[:0], torch.ones(len(anchors), dtype=bool)) == -1).all()
+    assert (match_anchors(anchors, GT[:0], GT_LABELS[:0], 0.5, 0.4) == -1).all()
+    usable = torch.arange(len(anchors)) % 2 == 0  # the rest match nothing, as if they were not there
+    again = match_anchors(anchors, GT, GT_LABELS, 0.5, 0.4, usable)
+    assert torch.equal(again[usable], match_anchors(anchors[usable], GT, GT_LABELS, 0.5, 0.4))
+    assert (again[~usable] == -2).all()
 
 
 def test_losses_equal_torchvisions(torchvision_pair):
