@@ -124,7 +124,7 @@ class ResNet(nn.Module):
     freeze 2.
 
     forward: images (B, 3, H, W) normalised RGB -> [C2, C3, C4, C5], strides 4, 8, 16, 32, channels
-    `out_channels`.
+    `out_channels`; with `last` only the first so many.
     """
 
     def __init__(self, name: str, caffe: bool = False, norm: str = "frozen", freeze_at: int = 2):
@@ -161,10 +161,10 @@ class ResNet(nn.Module):
         for stage in stages[:freeze_at]:
             stage.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, last: int = 4) -> list[Tensor]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
             x = stage(x)
             features.append(x)
         return features
@@ -240,9 +240,9 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
         state, caffe, bgr = _rename_caffe2(state), groups == 1, True
         pixels = TORCHVISION_PIXELS if backbone.name == "resnext101_32x8d" else CAFFE_PIXELS
     elif "stem.fc.weight" in state:  # detectron2's conversion of a torchvision file
-        state, caffe, bgr, pixels = _rename_detectron2(state), False, False, TORCHVISION_PIXELS
+        state, caffe, bgr, pixels = rename_detectron2_resnet(state), False, False, TORCHVISION_PIXELS
     elif "stem.conv1.weight" in state or "backbone.bottom_up.stem.conv1.weight" in state:
-        state, caffe, bgr = _rename_detectron2(state), groups == 1, True
+        state, caffe, bgr = rename_detectron2_resnet(state), groups == 1, True
         pixels = TORCHVISION_PIXELS if backbone.name == "resnext101_32x8d" else CAFFE_PIXELS
     elif "conv1.weight" in state and "fc.weight" in state:
         caffe, bgr, pixels = False, False, TORCHVISION_PIXELS
@@ -378,7 +378,7 @@ def _rename_caffe2(blobs: dict[str, Tensor]) -> dict[str, Tensor]:
     return _complete_statistics(state)
 
 
-def _rename_detectron2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_detectron2_resnet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """detectron2's names (`res2.0.conv1.norm.weight`) to torchvision's (`layer1.0.bn1.weight`)."""
     state = {}
     for key, value in weights.items():
@@ -396,6 +396,7 @@ def _complete_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
         norm = key.removesuffix("weight")
         state.setdefault(norm + "running_mean", torch.zeros_like(state[key]))
         state.setdefault(norm + "running_var", torch.ones_like(state[key]) - BN_EPS)
+        state.setdefault(norm + "num_batches_tracked", torch.tensor(0))
     return state
 
 

@@ -149,6 +149,51 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+# ---------------------------------------------------------------------------------------------- RoIAlign
+
+def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """Features of every box on a size x size grid (Mask R-CNN, arXiv 1703.06870, Sec. 3), half-pixel aligned.
+
+    A cell of the grid is the mean of ceil(cell height) x ceil(cell width) bilinear samples; samples more than
+    a pixel outside the map count as 0. features (B, D, H, W), boxes (B, R, 4) px of the image, scale: pixels
+    of the map per pixel of the image. Returns (B * R, D, size, size) float32. The result is that of
+    `torchvision.ops.roi_align(..., sampling_ratio=-1, aligned=True)`, which is called where it has a kernel.
+    """
+    features, boxes = features.float(), boxes.float()
+    torchvision_ops = _torchvision_ops(features.device.type)
+    if torchvision_ops:
+        return torchvision_ops.roi_align(features, list(boxes), size, scale, sampling_ratio=-1, aligned=True)
+    return roi_align_plain(features, boxes, size, scale)
+
+
+def roi_align_plain(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """`roi_align` in plain torch: runs on every device.
+
+    Bilinear interpolation and the mean over samples work on rows and columns apart, so a box is two matrices,
+    (size, H) and (size, W), and its grid is one product with the map from either side. A box must not be
+    longer than the map.
+    """
+    x1, y1, x2, y2 = (boxes * scale - 0.5).unbind(-1)
+    rows = _sampling_matrix(y1, y2, size, features.shape[2])  # (B, R, size, H)
+    columns = _sampling_matrix(x1, x2, size, features.shape[3])  # (B, R, size, W)
+    half_way = torch.einsum("brph,bdhw->brpdw", rows, features)
+    return torch.einsum("brpdw,brqw->brdpq", half_way, columns).flatten(0, 1)
+
+
+def _sampling_matrix(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
+    """Weight (..., size, length) of the pixels of a line in `size` equal cells from start to end (...,)."""
+    cell = ((end - start) / size)[..., None, None]
+    count = cell.ceil()  # samples per cell
+    i = torch.arange(-(-length // size) + 1, device=start.device)
+    p = torch.arange(size, device=start.device)[:, None]
+    counted = count.clamp(min=1)
+    position = start[..., None, None] + p * cell + (i + 0.5) * cell / counted  # (..., size, samples)
+    weight = ((i < count) & (position >= -1) & (position <= length)) / counted
+    position = position.clamp(min=0, max=length - 1)[..., None]
+    tent = (1 - (position - torch.arange(length, device=start.device)).abs()).clamp(min=0)
+    return (tent * weight[..., None]).sum(dim=-2)
+
+
 # ------------------------------------------------------------------------- non-maximum suppression
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
