@@ -38,13 +38,13 @@ class DetectionDataset:
 
     names: C class names. category_ids: C ids as the files have them. image_ids, paths: (N,) arrays. sizes:
     (N, 2) height, width. Boxes of image i are rows first[i]:first[i + 1] of boxes (A, 4) xyxy px, classes
-    (A,), areas (A,) px^2 (of the object, not the box, where the file tells), crowd (A,), difficult (A,) bool.
-    notes: lines to print. voc: score with VOC's AP50.
+    (A,), areas (A,) px^2 (of the object, not the box, where the file tells), crowd (A,), difficult (A,) bool;
+    file_row (A,): where the box stood among all boxes. notes: lines to print. voc: score with VOC's AP50.
     """
 
     def __init__(self, names, category_ids, image_ids, paths, sizes, boxes, classes, areas, crowd, difficult,
                  image_index, notes=(), voc=False):
-        order = np.argsort(image_index, kind="stable")
+        order = self.file_row = np.argsort(image_index, kind="stable")
         self.names, self.category_ids, self.voc, self.notes = (
             list(names), list(category_ids), voc, list(notes))
         self.image_ids, self.paths = np.asarray(image_ids), np.array([os.fsencode(p) for p in paths])
