@@ -225,15 +225,9 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
     X-101-64x4d, with fused or unfused batch norm), detectron2 `.pkl`, mmdetection's caffe `.pth`.
     Returns ((r, g, b) mean, (r, g, b) std) on the 0..255 scale. Raises WeightsError.
     """
-    if path_or_name in TORCHVISION_FILES:
-        if path_or_name != backbone.name:
-            raise WeightsError(f"--weights {path_or_name} does not fit the backbone {backbone.name}")
-        path = _download(TORCHVISION_FILES[path_or_name])
-    else:
-        path = Path(path_or_name)
-        if not path.is_file():
-            raise WeightsError(f"weights file {path} does not exist; give a path or one of "
-                               f"{', '.join(TORCHVISION_FILES)}")
+    if path_or_name in TORCHVISION_FILES and path_or_name != backbone.name:
+        raise WeightsError(f"--weights {path_or_name} does not fit the backbone {backbone.name}")
+    path = imagenet_file(path_or_name)
     state = read_weight_file(path)
     _, bottleneck, groups, _ = ARCHITECTURES[backbone.name]
     if any(key.endswith(("_w", "_bn_s", "_bn_beta")) for key in state):
@@ -262,6 +256,16 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
         state["conv1.weight"] = state["conv1.weight"].flip(1)
     _load_matching(backbone, state, path)
     return pixels
+
+
+def imagenet_file(path_or_name: str) -> Path:
+    """The file itself, or torchvision's for a key of ARCHITECTURES, downloaded once. Raises WeightsError."""
+    if path_or_name in TORCHVISION_FILES:
+        return _download(TORCHVISION_FILES[path_or_name])
+    if not Path(path_or_name).is_file():
+        raise WeightsError(f"weights file {path_or_name} does not exist; give a path or one of "
+                           f"{', '.join(TORCHVISION_FILES)}")
+    return Path(path_or_name)
 
 
 def read_weight_file(path: str | Path) -> dict[str, Tensor]:

@@ -26,7 +26,9 @@ from backbone import (
     TORCHVISION_PIXELS,
     ResNet,
     WeightsError,
+    imagenet_file,
     normalise_images,
+    read_weight_file,
     rename_detectron2_resnet,
 )
 from ops import (
@@ -63,7 +65,7 @@ COSINE_SCALE = 20.0  # of the optional cosine classifier (TFA, arXiv 2003.06957)
 
 # ---- decoupling: what of the gradient of RPN and RoI head reaches the backbone
 RPN_GRAD_SCALE = 0.0
-ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL = 0.75, 0.01
+ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL, ROI_GRAD_SCALE_VOC = 0.75, 0.01, 0.001
 
 # ---- detection
 SCORE_THRESHOLD = 0.05
@@ -328,6 +330,8 @@ class DeFRCN(nn.Module):
     eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
     """
 
+    divisor = 1  # images are not padded further than to the largest of a batch
+
     def __init__(self, num_classes: int, backbone: str = "resnet101", caffe: bool = True,
                  decouple: bool = True, rpn_grad_scale: float = RPN_GRAD_SCALE,
                  roi_grad_scale: float = ROI_GRAD_SCALE_BASE, pool_size: int = POOL_SIZE,
@@ -434,18 +438,48 @@ def rename_detectron2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def transfer_predictor(own: dict[str, Tensor], state: dict[str, Tensor], old_names: list[str],
+                       new_names: list[str]) -> dict[str, Tensor]:
+    """The predictor for other classes than a checkpoint's ("surgery"), row by row, by class name.
+
+    own, state: state_dicts of the new model and of the checkpoint. Classes that both know, and background,
+    keep their rows; the others are drawn anew. Without a common class all is as in `own`. Returns the
+    entries "predictor.*" of a state_dict.
+    """
+    entries = {key: value.clone() for key, value in own.items() if key.startswith("predictor.")}
+    old = [old_names.index(name) for name in new_names if name in old_names]
+    new = [i for i, name in enumerate(new_names) if name in old_names]
+    for key, value in entries.items() if old else ():
+        background = key.startswith("predictor.cls_score.")
+        theirs = state[key].unflatten(0, (len(old_names) + background, -1))
+        mine = value.unflatten(0, (len(new_names) + background, -1))  # a view
+        mine.normal_(std=0.01) if value.ndim > 1 else mine.zero_()
+        mine[new] = theirs[old]
+        if background:
+            mine[-1] = theirs[-1]
+    return entries
+
+
 # ---------------------------------------------------------------------------------------------- calibration
 
 class CalibrationNet(nn.Module):
     """The ImageNet classifier whose 1000 logits describe a box: torchvision's ResNet-101.
 
+    weights: a file, "resnet101" for torchvision's, which is downloaded, or None. Raises WeightsError.
     forward: image (3, H, W) uint8 RGB at its original size, boxes (n, 4) px -> (n, 1000) float32.
     """
 
-    def __init__(self):
+    def __init__(self, weights: str | None = None):
         super().__init__()
-        self.backbone = ResNet("resnet101", norm="frozen")
-        self.fc = nn.Linear(2048, 1000)
+        self.backbone, self.fc = ResNet("resnet101", norm="frozen"), nn.Linear(2048, 1000)
+        if weights is not None:
+            path = imagenet_file(weights)
+            state = read_weight_file(path)
+            try:
+                self.load_state_dict({key if key.startswith("fc.") else f"backbone.{key}": value
+                                      for key, value in state.items()})
+            except RuntimeError as error:
+                raise WeightsError(f"{path}: not torchvision's ResNet-101 ({str(error)[:200]})") from error
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, boxes: Tensor) -> Tensor:

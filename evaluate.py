@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 evaluate.py --ckpt C.pth          every image once, whatever the rank count
     python evaluate.py --detections runs/fcos/detections.json --data coco --split val2017
     python evaluate.py --ckpt C.pth --images photos/              no annotations: drawings and detections.json
+    python evaluate.py --aggregate runs/novel_*                   few-shot table over seeds and shots
 
 Written to --out (by default the checkpoint's folder, for --images its subfolder images): detections.json
 (COCO result format), metrics.json, pictures/.
@@ -46,7 +47,17 @@ from data import (
     read_image,
     resized_shape,
 )
+from defrcn import CLS_DROPOUT, POOL_SIZE, DeFRCN
 from fcos import FCOS
+from fewshot import (
+    Calibration,
+    aggregate,
+    aggregate_table,
+    few_shot_scores,
+    keep_classes,
+    lists_folder,
+    shot_view,
+)
 from fsaf import FSAF
 from ops import nms
 
@@ -125,6 +136,13 @@ def build_model(args: dict, num_classes: int) -> torch.nn.Module:
     shared = {key: args[key] for key in ("backbone", "caffe", "norm", "freeze_at", "fpn_channels")}
     if args["model"] == "fcos":
         return FCOS(num_classes, original=args["original"], **shared)
+    if args["model"] in ("defrcn", "faster_rcnn"):
+        shared.pop("fpn_channels")
+        novel = args["stage"] == "novel"
+        return DeFRCN(num_classes, decouple=args["decouple"], roi_grad_scale=args["roi_grad_scale"] or 0.0,
+                      pool_size=POOL_SIZE if args["model"] == "defrcn" else 2 * POOL_SIZE, freeze_res5=novel,
+                      cls_dropout=CLS_DROPOUT if novel and not args["cosine"] else 0.0, cosine=args["cosine"],
+                      roi_samples=args["roi_samples"], post_nms_top_k=args["proposals"], **shared)
     return FSAF(num_classes, joint=args["fsaf_branch"] == "both", anchor_only=args["fsaf_branch"] == "anchor",
                 ignore_scale=args["ignore_scale"], **shared)
 
@@ -204,7 +222,8 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.devi
     model.eval()
     batches = EqualShapes(dataset, min_size, max_size, batch_size, rank, world)
     loader = DataLoader(TestSamples(dataset, min_size, max_size), batch_sampler=batches, num_workers=workers,
-                        collate_fn=partial(collate, pad_to=pad_to), pin_memory=device.type == "cuda")
+                        collate_fn=partial(collate, divisor=model.divisor, pad_to=pad_to),
+                        pin_memory=device.type == "cuda")
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
     nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # imports its kernels untimed
     clock = time.perf_counter()
@@ -330,11 +349,15 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
         evaluation.accumulate()
     evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, 100 detections
-    per_class = [float(p[p > -1].mean()) if (p > -1).any() else None for p in np.moveaxis(precision, 2, 0)]
+    precision = np.moveaxis(precision, 2, 0)
     # pycocotools orders classes by category id and writes -1 where there is nothing to find.
     rank_of = {category: i for i, category in enumerate(sorted(dataset.category_ids))}
-    return {**{key: float(v) if v > -1 else None for key, v in zip(METRICS, evaluation.stats)},
-            "per_class": {n: per_class[rank_of[c]] for n, c in zip(dataset.names, dataset.category_ids)}}
+    metrics = {key: float(v) if v > -1 else None for key, v in zip(METRICS, evaluation.stats)}
+    for key, ious in (("per_class", slice(None)), ("per_class_AP50", 0), ("per_class_AP75", 5)):
+        parts = [precision[rank_of[category], ious] for category in dataset.category_ids]
+        metrics[key] = {name: float(p[p > -1].mean()) if (p > -1).any() else None
+                        for name, p in zip(dataset.names, parts)}
+    return metrics
 
 
 def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool) -> dict[str, float | None]:
@@ -445,20 +468,69 @@ def draw_box(canvas: ImageDraw.ImageDraw, box, colour, text: str):
 
 def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, batch_size: int = 1,
              workers: int = 2, amp: torch.dtype | None = None, rank: int = 0, world: int = 1, pad_to=None,
-             pictures: int = 8) -> dict:
+             pictures: int = 8, few_shot: dict | None = None, calibration: Calibration | None = None) -> dict:
     """Detect, score, write detections.json, metrics.json and pictures/ under `out`. All ranks call it; the
-    metrics are returned on rank 0, {} elsewhere."""
+    metrics are returned on rank 0, {} elsewhere.
+
+    few_shot: what describes the run, with "novel", the names of the novel classes: their scores are added.
+    calibration: scores the detections before and after.
+    """
     results, timing = detect(model, dataset, device, min_size, max_size, batch_size, workers, amp, rank,
                              world, pad_to)
+    plain = results
+    if calibration:
+        results = calibration(dataset, plain, rank, world)
     if rank > 0:
         return {}
     write_json(out / "detections.json", results)
-    metrics = score(dataset, results)
+    metrics = score(dataset, plain)
+    if calibration:
+        print("after the prototypical calibration:")
+        metrics = {**score(dataset, results), "before_calibration": metrics}
+    if few_shot:
+        for part in filter(None, (metrics.get("before_calibration"), metrics)):
+            part["few_shot"] = {**few_shot, **few_shot_scores(part, few_shot["novel"])}
+            print("before calibration: " * (part is not metrics)
+                  + "  ".join(f"{key} {_shown(part['few_shot'][key])}" for key in
+                              ("nAP", "nAP50", "nAP75", "bAP", "bAP50", "bAP75")))
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in timing.items()}
     print("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in timing.items()))
     write_json(out / "metrics.json", metrics)
     draw(dataset, results, out / "pictures", pictures)
     return metrics
+
+
+def describe_few_shot(args: dict) -> dict:
+    """What metrics.json says of a few-shot run; args: train.py's."""
+    return {"novel": args["novel_classes"], **{key: args[key] for key in (
+        "stage", "data", "model", "decouple", "shots", "seed", "generalized")}}
+
+
+def make_calibration(args: dict, weights: str, names: list[str], device,
+                     source: DetectionDataset | None = None) -> Calibration | None:
+    """The prototypical calibration of a run of the novel stage, from its shots; None, with the reason
+    printed, where there is none: in the base stage, for Faster R-CNN, without the ImageNet classifier.
+
+    args: train.py's. source: its training split with all classes, opened again if None.
+    """
+    if args["stage"] != "novel" or args["model"] != "defrcn" or weights == "none":
+        return None
+    if source is None:
+        source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
+    support = shot_view(source, names, args["shots"], args["seed"], lists_folder(args, source.voc), None)
+    try:
+        return Calibration(weights, support, args["novel_classes"], device)
+    except WeightsError as error:
+        print(f"no prototypical calibration, the scores stay plain: {error} (here: --pcb-weights FILE)")
+        return None
+
+
+def read_metrics(folder: Path) -> dict:
+    """metrics.json of a run. Raises DataError naming the file."""
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'metrics.json'}: cannot be read ({error})") from error
 
 
 def write_json(path: Path, content):
@@ -510,6 +582,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ckpt", help="checkpoint of train.py")
     parser.add_argument("--detections", type=Path, help="score this COCO result file, without a network")
     parser.add_argument("--images", type=Path, help="a folder of pictures, or one: draw, do not score")
+    parser.add_argument("--aggregate", type=Path, nargs="+", metavar="RUN",
+                        help="mean and 95 %% interval of few-shot runs, from their metrics.json")
     data = parser.add_argument_group("data (default: what the checkpoint was trained against)")
     data.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout")
     data.add_argument("--split", help="e.g. val2017, 2007_test")
@@ -524,12 +598,14 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--batch-size", type=int, default=1,
                      help="images per device; only equal sizes share a batch")
     run.add_argument("--workers", type=int, default=2)
+    run.add_argument("--pcb-weights", help="DeFRCN's calibration (default: the checkpoint's; see train.py)")
     run.add_argument("--score-threshold", type=float, help="drop class scores below (default: the model's)")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections")
     run.add_argument("--pictures", type=int, default=8, help="draw the first N images")
     args = parser.parse_args()
-    if bool(args.ckpt) == bool(args.detections) or args.detections and not (args.data or args.json):
-        parser.error("give --ckpt, or --detections together with --data")
+    if (sum(map(bool, (args.ckpt, args.detections, args.aggregate))) != 1
+            or args.detections and not (args.data or args.json)):
+        parser.error("give --ckpt, or --detections together with --data, or --aggregate")
     for name in ("min_size", "max_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -540,6 +616,13 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
+    if args.aggregate:
+        rows = aggregate([read_metrics(folder) for folder in args.aggregate])
+        print(aggregate_table(rows))
+        if args.out:
+            make_folder(args.out)
+            write_json(args.out / "aggregate.json", rows)
+        return
     if args.detections:
         out = args.out or args.detections.parent
         make_folder(out)
@@ -562,13 +645,19 @@ def main():
         dataset = image_folder(args.images, info["names"], info["category_ids"])
     elif args.data or args.json:
         dataset = open_dataset(args.data or "", args.split or trained["val_split"], args.json, args.image_dir,
-                               info["names"])
+                               None if trained.get("stage") else info["names"])
     elif trained["train_json"] and not trained["val_json"] or args.split and trained["val_json"]:
         raise DataError(f"{args.ckpt}: was trained on a file of its own: say what to score with --json and "
                         f"--image-dir (or --data and --split)")
     else:
         dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
-                               trained["val_images"], info["names"])
+                               trained["val_images"], None if trained.get("stage") else info["names"])
+    few_shot = calibration = None
+    if trained.get("stage") and not args.images:
+        dataset = keep_classes(dataset, info["names"], drop_empty=False)
+        few_shot = describe_few_shot(trained)
+        calibration = make_calibration(trained, args.pcb_weights or trained["pcb_weights"], info["names"],
+                                       device)
     pad_to = args.pad_to or trained["pad_to"]
     min_size, max_size = args.min_size or max(trained["min_size"]), args.max_size or trained["max_size"]
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
@@ -588,7 +677,7 @@ def main():
     for note in dataset.notes if rank == 0 else ():
         print(note)
     evaluate(model, dataset, device, out, min_size, max_size, args.batch_size, args.workers, amp, rank, world,
-             pad_to, args.pictures)
+             pad_to, args.pictures, few_shot, calibration)
 
 
 if __name__ == "__main__":

@@ -239,6 +239,8 @@ class FCOS(nn.Module):
     eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
     """
 
+    divisor = 32  # what the sizes of a batch are rounded up to
+
     def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
                  original: bool = False, norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
                  score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):

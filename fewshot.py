@@ -15,8 +15,11 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from data import DataError, DetectionDataset
+from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
 
 SHOTS = (1, 2, 3, 5, 10, 30)  # of the published lists: a list of K shots holds the one before
 COCO_NOVEL = ("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "boat", "bird", "cat",
@@ -65,10 +68,10 @@ FINE_TUNING = {
 BASE_TRAINING = {"coco": (110_000, (85_000, 100_000)), "voc": (15_000, (10_000, 13_300))}
 
 
-def schedule(dataset: DetectionDataset, shots: int | None, generalized: bool) -> tuple[int, tuple[int, ...]]:
+def schedule(voc: bool, shots: int | None, generalized: bool) -> tuple[int, tuple[int, ...]]:
     """Steps of 16 images and lr drops as published; shots None: the base stage. Own data take COCO's, and K
     shots the next K with a config."""
-    kind = "voc" if dataset.voc else "coco"
+    kind = "voc" if voc else "coco"
     if shots is None:
         return BASE_TRAINING[kind]
     table = FINE_TUNING[kind, generalized]
@@ -166,10 +169,19 @@ def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], li
     return lists
 
 
+def lists_folder(args: dict, voc: bool) -> Path:
+    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place, which need not exist."""
+    if args["shot_lists"]:
+        if not Path(args["shot_lists"]).is_dir():
+            raise DataError(f"--shot-lists {args['shot_lists']}: there is no such folder")
+        return Path(args["shot_lists"])
+    return Path(args["data"]) / "vocsplit" if voc else Path(args["data"]).parent / "cocosplit"
+
+
 def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int, lists: Path,
-              save_to: Path) -> View:
+              save_to: Path | None) -> View:
     """The dataset of the K shots of every class in `names`: read from the folder `lists` if it exists, else
-    sampled from `source` (all classes of its images) and saved under `save_to` in the same layout.
+    sampled from `source` (all classes of its images) and saved in the folder `save_to` in the same layout.
 
     As published, COCO's shots are merged by image, whose other objects are background, and in VOC every shot
     is a record of its own, at most K per class. Raises DataError for a missing or foreign list and for too
@@ -180,9 +192,12 @@ def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int,
         origin = f"read from {lists / f'seed{seed}'}"
     else:
         rows_of = _sample_lists(source, names, shots, seed)
-        for name in names:
-            _write_list(_list_path(save_to / f"seed{seed}", source, name, shots), source, rows_of[name])
-        origin = f"sampled, lists in {save_to / f'seed{seed}'}"
+        origin = "sampled"
+        if save_to:
+            folder = save_to / ("vocsplit" if source.voc else "cocosplit") / f"seed{seed}"
+            for name in names:
+                _write_list(_list_path(folder, source, name, shots), source, rows_of[name])
+            origin = f"sampled, lists in {folder}"
     if source.voc:
         rng = random.Random(seed)
         rows_of = {name: rng.sample(rows, min(shots, len(rows))) for name, rows in rows_of.items()}
@@ -294,3 +309,116 @@ def _write_list(path: Path, source: DetectionDataset, rows: list[int]):
     categories = [{"id": c, "name": n} for c, n in zip(source.category_ids, source.names)]
     path.write_text(json.dumps({"images": records, "annotations": annotations, "categories": categories}),
                     encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+class Calibration:
+    """Prototypical calibration of a detections file: the scores of novel classes, mixed with the similarity
+    to their shots.
+
+    weights: of the ImageNet classifier, see `defrcn.CalibrationNet`. support: the shots. novel: names of the
+    classes that are calibrated. Raises WeightsError.
+    """
+
+    def __init__(self, weights: str, support: DetectionDataset, novel: list[str], device):
+        self.net, self.device = CalibrationNet(weights).to(device), device
+        # DIFFERS: the official code takes the shots' boxes through the resizing of the detector and back with
+        # one ratio for both axes, which moves them by up to 0.1 %. Here they stay where they are.
+        features, labels = [], []
+        for i in range(len(support)):
+            rows = np.arange(support.first[i], support.first[i + 1])
+            rows = rows[~support.crowd[rows]]
+            features.append(self._features(support, i, support.boxes[rows]))
+            labels.append(torch.from_numpy(support.classes[rows]))
+        self.prototypes = class_prototypes(torch.cat(features), torch.cat(labels).to(device),
+                                           len(support.names))
+        self.excluded = torch.tensor([name not in novel for name in support.names], device=device)
+
+    @torch.inference_mode()
+    def _features(self, dataset: DetectionDataset, index: int, boxes) -> torch.Tensor:
+        image = torch.from_numpy(np.asarray(dataset.image(index)).copy()).permute(2, 0, 1)
+        boxes = torch.as_tensor(boxes, dtype=torch.float32, device=self.device)
+        return self.net(image.to(self.device), boxes)
+
+    def __call__(self, dataset: DetectionDataset, results: list[dict], rank: int = 0,
+                 world: int = 1) -> list[dict]:
+        """Detections in COCO result format with their new scores, best first in every image; all ranks get
+        all, each computes every world-th image."""
+        label_of = {category: label for label, category in enumerate(dataset.category_ids)}
+        by_image = {}
+        for result in results:
+            if CALIBRATION_WINDOW[0] < result["score"] <= CALIBRATION_WINDOW[1]:
+                by_image.setdefault(result["image_id"], []).append(result)
+        position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+        new = {}
+        for image_id in sorted(by_image, key=position.get)[rank::world]:
+            found = by_image[image_id]
+            xywh = torch.tensor([result["bbox"] for result in found])
+            features = self._features(dataset, position[image_id],
+                                      torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), dim=1))
+            labels = torch.tensor([label_of[result["category_id"]] for result in found], device=self.device)
+            scores = torch.tensor([result["score"] for result in found], device=self.device)
+            scores = calibrate(scores, labels, features, self.prototypes, self.excluded)
+            new[image_id] = [{**result, "score": round(score, 6)} for result, score in
+                             zip(found, scores.tolist())]
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, new)
+            new = {image_id: found for part in parts for image_id, found in part.items()}
+        kept = [r for r in results if not CALIBRATION_WINDOW[0] < r["score"] <= CALIBRATION_WINDOW[1]]
+        changed = [result for found in new.values() for result in found]
+        return sorted(kept + changed, key=lambda r: (position[r["image_id"]], -r["score"]))
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+def few_shot_scores(metrics: dict, novel: list[str]) -> dict[str, float | None]:
+    """nAP, nAP50, nAP75 of the novel classes and bAP, ... of the others: means over classes, None without
+    any.
+
+    metrics: of `evaluate.score`, with "per_class", "per_class_AP50" and "per_class_AP75".
+    """
+    scores = {}
+    for letter, is_novel in (("n", True), ("b", False)):
+        for key, column in (("AP", "per_class"), ("AP50", "per_class_AP50"), ("AP75", "per_class_AP75")):
+            values = [value for name, value in metrics[column].items()
+                      if (name in novel) == is_novel and value is not None]
+            scores[letter + key] = float(np.mean(values)) if values else None
+    return scores
+
+
+def aggregate(runs: list[dict]) -> list[dict]:
+    """One row per setting of metrics.json contents: mean and 95 % confidence interval over seeds.
+
+    The interval is 1.96 standard deviations (of the population, as TFA computes it) over the root of the
+    number of runs. Raises DataError where a run has no few-shot scores.
+    """
+    groups = {}
+    for run in runs:
+        if "few_shot" not in run:
+            raise DataError("a run without few-shot scores: --aggregate takes runs of --stage novel")
+        setting = {key: run["few_shot"][key] for key in ("data", "model", "generalized", "shots")}
+        groups.setdefault(json.dumps(setting, sort_keys=True), (setting, []))[1].append(run)
+    rows = []
+    for setting, members in sorted(groups.values(), key=lambda g: (g[0]["data"], g[0]["model"],
+                                                                   g[0]["generalized"], g[0]["shots"])):
+        row = {**setting, "seeds": sorted(m["few_shot"]["seed"] for m in members)}
+        for key in ("nAP", "nAP50", "nAP75", "bAP", "bAP50", "AP"):
+            values = [m["few_shot"].get(key) if key != "AP" else m["AP"] for m in members]
+            if None not in values:
+                row[key] = [float(np.mean(values)), float(1.96 * np.std(values) / np.sqrt(len(values)))]
+        rows.append(row)
+    return rows
+
+
+def aggregate_table(rows: list[dict]) -> str:
+    """Rows of `aggregate` as text, in percent."""
+    keys = [key for key in ("nAP", "nAP50", "nAP75", "bAP", "bAP50", "AP") if any(key in row for row in rows)]
+    lines = [f"{'data':24} {'model':12} {'setting':6} shots runs  " + "  ".join(f"{key:>13}" for key in keys)]
+    for row in rows:
+        cells = [f"{100 * row[key][0]:6.2f} ± {100 * row[key][1]:4.2f}" if key in row else "" for key in keys]
+        setting = "gFSOD" if row["generalized"] else "FSOD"
+        lines.append(f"{row['data'][-24:]:24} {row['model']:12} {setting:6}  {row['shots']:5} "
+                     f"{len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)

@@ -60,7 +60,7 @@ INITIAL_DISTANCE = 0.25
 MIN_DISTANCE = 1e-4  # in training: with one side 0 the IoU is 0, and no other side has a gradient
 NO_LOSS = 1e6  # stands for the loss of an object on a level where it has no effective cell
 LAMBDA = 0.5  # weight of the anchor-free branch in the joint form, Sec. 3.4
-DIVISOR = 32  # an image's own padded size is a multiple of this; cells beyond it do not learn
+DIVISOR = 32  # an image's own padded size, like a batch's, is a multiple of this; cells beyond do not learn
 
 # ---- anchor-based branch (RetinaNet)
 ANCHOR_SCALE = 4.0  # side of the smallest anchor in strides: 32 px on P3
@@ -392,6 +392,8 @@ class FSAF(nn.Module):
              {"anchor_cls", "anchor_box", "free_cls", "free_box"}, the latter two times LAMBDA
     eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
     """
+
+    divisor = DIVISOR
 
     def __init__(self, num_classes: int, backbone: str = "resnet50", joint: bool = False,
                  anchor_only: bool = False, effective_scale: float = EFFECTIVE_SCALE,

@@ -36,7 +36,25 @@ from torch.utils.data import DataLoader
 
 from backbone import ARCHITECTURES, WeightsError, load_imagenet
 from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
-from evaluate import build_model, evaluate, make_folder, read_checkpoint, run_script, setup_device
+from defrcn import (
+    ROI_GRAD_SCALE_BASE,
+    ROI_GRAD_SCALE_NOVEL,
+    ROI_GRAD_SCALE_VOC,
+    Affine,
+    DeFRCN,
+    transfer_predictor,
+)
+from evaluate import (
+    build_model,
+    describe_few_shot,
+    evaluate,
+    make_calibration,
+    make_folder,
+    read_checkpoint,
+    run_script,
+    setup_device,
+)
+from fewshot import keep_classes, lists_folder, novel_names, schedule, shot_view
 from fsaf import EFFECTIVE_SCALE
 
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
@@ -44,27 +62,39 @@ REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --sc
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
              "s1x": (130_000, (100_000, 120_000))}
 MOMENTUM = 0.9
-# In what the published recipes differ. bias_lr, bias_decay: of convolution biases, times those of the rest.
-# FSAF's head has no group norm: from random weights it takes longer (shapes_epochs).
+# In what the published recipes differ. lr, weight_decay: with SGD; bias_lr, bias_decay: of biases, times
+# those of the rest; shapes: what the built-in set takes instead.
 RECIPES = {
-    "fcos": {"clip": 35.0, "norm": "frozen", "warmup_factor": 1 / 3, "bias_lr": 2.0, "bias_decay": 0.0,
-             "shapes_epochs": 1.75},
-    "fsaf": {"clip": 10.0, "norm": "affine", "warmup_factor": 1e-3, "bias_lr": 1.0, "bias_decay": 1.0,
-             "shapes_epochs": 2.5},
+    "fcos": {"lr": 0.01, "weight_decay": 1e-4, "bias_lr": 2.0, "bias_decay": 0.0, "clip": 35.0,
+             "warmup_steps": 500, "warmup_factor": 1 / 3, "norm": "frozen", "freeze_at": 2,
+             "min_size": [800], "shapes": {"epochs": 1.75}},
+    # From random weights FSAF takes longer than FCOS: its head has no group norm.
+    "fsaf": {"lr": 0.01, "weight_decay": 1e-4, "bias_lr": 1.0, "bias_decay": 1.0, "clip": 10.0,
+             "warmup_steps": 500, "warmup_factor": 1e-3, "norm": "affine", "freeze_at": 2,
+             "min_size": [800], "shapes": {"epochs": 2.5}},
+    "defrcn": {"lr": 0.02, "weight_decay": 5e-5, "bias_lr": 1.0, "bias_decay": 2.0, "clip": 0.0,
+               "warmup_steps": 1000, "warmup_factor": 1e-3, "norm": "frozen", "freeze_at": 3,
+               "min_size": [640, 672, 704, 736, 768, 800],
+               "shapes": {"epochs": 2, "min_size": [192], "max_size": 256, "roi_samples": 32,
+                          "proposals": [200, 100]}},
 }
+RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay": 1.0, "freeze_at": 2}
+NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0}  # DeFRCN's fine-tuning
+NOVEL_SHAPES = {"epochs": None, "max_steps": 300}
 # The arguments that say which model it is: a checkpoint decides them unless they are given again.
-MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "fsaf_branch", "ignore_scale")
+MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "fsaf_branch", "ignore_scale",
+              "decouple", "cosine", "roi_samples", "proposals")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What an argument that was not given becomes: small on the built-in set, the published recipe elsewhere.
+# What an argument that was not given becomes, on the built-in set and elsewhere; the recipe's own values win.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
                    "max_size": 128, "train_split": "train", "val_split": "val", "schedule": "s1x",
-                   "batch_size": 8, "warmup_steps": 50}
-DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "min_size": [800], "max_size": 1333,
-            "train_split": "train2017", "val_split": "val2017", "schedule": "1x", "batch_size": 16,
-            "warmup_steps": 500}
+                   "batch_size": 8, "warmup_steps": 50, "pcb_weights": "none"}
+DEFAULTS = {"backbone": "resnet50", "fpn_channels": 256, "max_size": 1333, "train_split": "train2017",
+            "val_split": "val2017", "schedule": "1x", "batch_size": 16, "roi_samples": 512,
+            "proposals": [2000, 1000], "pcb_weights": "resnet101"}
 # SGD is what every published number was trained with. From random weights it needs many epochs to learn to
 # tell classes apart; AdamW, whose steps do not shrink with the tiny gradients at the start, needs a few.
-OPTIMISERS = {"sgd": {"lr": 0.01, "weight_decay": 1e-4}, "adamw": {"lr": 0.002, "weight_decay": 0.05}}
+ADAMW = {"lr": 0.002, "weight_decay": 0.05}
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -84,6 +114,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--ignore-scale", type=float,
                        help="FSAF's ignore region over the box: 0.2 (default) or 0.5 (default with both "
                             "branches)")
+    model.add_argument("--no-decouple", action="store_false", dest="decouple",
+                       help="DeFRCN without its gradient decoupled layers")
+    model.add_argument("--cosine", action="store_true", help="DeFRCN with TFA's cosine classifier")
+    model.add_argument("--roi-grad-scale", type=float,
+                       help="DeFRCN: gradient from RoI head to backbone (default: 0.75; novel stage: 0.01, "
+                            "VOC 0.001)")
+    model.add_argument("--roi-samples", type=int,
+                       help="RoIs per image in training (default: 512; shapes: 32)")
+    model.add_argument("--proposals", type=int, nargs=2, metavar=("TRAIN", "TEST"),
+                       help="per image, after NMS (default: 2000 1000; shapes: 200 100)")
     model.add_argument("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
     model.add_argument("--weights",
                        help="ImageNet weights: none, a file, or a backbone's name for torchvision's "
@@ -113,15 +153,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="leave images without objects out of training")
     data.add_argument("--use-difficult", action="store_true", help="train on VOC's difficult objects")
     data.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4)")
+    few = parser.add_argument_group("few-shot (--model defrcn or faster_rcnn)")
+    few.add_argument("--stage", choices=("base", "novel"),
+                     help="train on the base classes, or fine-tune (--init) on K shots of the novel ones")
+    few.add_argument("--shots", type=int,
+                     help="K, boxes per class of the novel stage; --seed chooses the list")
+    few.add_argument("--generalized", action="store_true", help="novel stage on K shots of all classes")
+    few.add_argument("--novel-classes", type=lambda text: text.split(","), metavar="NAME,NAME",
+                     help="default: COCO's published 20, VOC's 5 of --voc-split, the last two of shapes")
+    few.add_argument("--voc-split", type=int, default=1, choices=(1, 2, 3), help="VOC's published splits")
+    few.add_argument("--shot-lists", type=Path,
+                     help="folder of published lists (default: cocosplit or vocsplit beside the data)")
+    few.add_argument("--pcb-weights",
+                     help="ImageNet ResNet-101 of the calibration: a file, resnet101 for torchvision's, or none "
+                          "(default: resnet101; shapes: none)")
+    few.add_argument("--save-init", type=Path, metavar="FILE",
+                     help="write what --init becomes for the classes of this stage, and stop")
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--optimizer", choices=OPTIMISERS, help="default: sgd, adamw from scratch")
+    optim.add_argument("--optimizer", choices=("sgd", "adamw"), help="default: sgd, adamw from scratch")
     optim.add_argument("--batch-size", type=int,
                        help="images per step, all ranks together (default: 16; shapes: 8)")
     optim.add_argument("--micro-batch", type=int,
                        help="images per rank at a time; gradients add up to the batch size "
                             "(default: all at once)")
     optim.add_argument("--lr", type=float,
-                       help="for a batch of 16, scaled linearly (default: 0.01; adamw: 0.002)")
+                       help="for a batch of 16, scaled linearly "
+                            "(default: 0.01; defrcn's base stage: 0.02; adamw: 0.002)")
     optim.add_argument("--schedule", choices=SCHEDULES,
                        help="steps and lr drops, for a batch of 16 (default: 1x; shapes: s1x)")
     optim.add_argument("--epochs", type=float,
@@ -162,28 +219,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     recipe = RECIPES[args.model]
     toy = args.data == "shapes" and not args.train_json
-    for name, value in (SHAPES_DEFAULTS if toy else DEFAULTS).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if toy and args.epochs is None and not args.max_steps:
-        args.epochs = recipe["shapes_epochs"]
-    args.weights = args.weights or args.backbone
+    defaults = {**DEFAULTS, **{key: recipe[key] for key in ("min_size", "warmup_steps", "clip")},
+                **(SHAPES_DEFAULTS | recipe["shapes"] if toy else {})}
+    args.weights = args.weights or (defaults.get("weights") or args.backbone or defaults["backbone"])
     scratch = args.weights == "none" and not args.init
-    args.norm = args.norm or ("batch" if scratch else recipe["norm"])
-    args.clip = recipe["clip"] if args.clip is None else args.clip
-    args.freeze_at = (0 if scratch else 2) if args.freeze_at is None else args.freeze_at
     args.optimizer = args.optimizer or ("adamw" if scratch else "sgd")
-    for name, value in OPTIMISERS[args.optimizer].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    defaults |= {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"], "norm": recipe["norm"],
+                 "freeze_at": recipe["freeze_at"], **(NOVEL_STAGE if args.stage == "novel" else {}),
+                 **(NOVEL_SHAPES if args.stage == "novel" and toy else {}),
+                 **({"norm": "batch", "freeze_at": 0} if scratch else {}),
+                 **(ADAMW if args.optimizer == "adamw" else {})}
+    if args.max_steps or args.epochs:
+        defaults |= {"max_steps": args.max_steps, "epochs": args.epochs}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.out = args.out or Path("runs") / args.model
     args.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if args.workers is None else args.workers
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Stops with one line where arguments make no sense, alone or together."""
     if args.train_json and not args.val_json and args.data == "shapes" and not args.no_eval:
         parser.error("give --val-json and --val-images as well, or --no-eval")
     for name in ("seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
     for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
-                 "max_steps", "epochs", "eval_every"):
+                 "max_steps", "epochs", "eval_every", "shots", "roi_samples"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("min_size", "pad_to"):
@@ -195,6 +260,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.fpn_channels % 64:
         parser.error(f"--fpn-channels must be a multiple of 64 (32 groups of two or more), "
                      f"not {args.fpn_channels}")
+    two_stage = args.model in ("defrcn", "faster_rcnn")
+    if args.stage and not two_stage:
+        parser.error("--stage belongs to --model defrcn and faster_rcnn")
+    if (args.stage == "novel") != bool(args.shots):
+        parser.error("--stage novel and --shots K belong together")
+    if args.stage == "novel" and not (args.init or args.resume):
+        parser.error("--stage novel fine-tunes: give the base stage's checkpoint with --init")
+    if args.save_init and not args.init:
+        parser.error("--save-init writes what --init becomes: give --init as well")
+    if args.model == "faster_rcnn":
+        args.decouple = False
     if args.model != "fcos" and args.original:
         parser.error("--original is a form of FCOS: give --model fcos")
     if args.model != "fsaf" and (args.fsaf_branch != "free" or args.ignore_scale is not None):
@@ -205,7 +281,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--freeze-at must be 0..5 (stem and four stages), not {args.freeze_at}")
     if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
         parser.error(f"--loss-scale is 'dynamic' or a positive number, not {args.loss_scale}")
-    return args
 
 
 def _is_positive(text: str) -> bool:
@@ -231,17 +306,16 @@ def learning_rate(step: int, base_lr: float, drops: list[int], warmup_steps: int
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float,
                      bias_decay: float) -> list[dict]:
-    """Optimizer groups: convolution biases learn and decay at bias_lr and bias_decay times what the rest
-    does.
+    """Optimizer groups: biases of layers learn and decay at bias_lr and bias_decay times what the rest does.
 
     As in mmdetection 2.x the weight and bias of a norm layer are not such biases: both decay.
     """
-    convolutions = {f"{name}.bias" for name, module in model.named_modules()
-                    if isinstance(module, torch.nn.Conv2d)}
+    of_layers = {f"{name}.bias" for name, module in model.named_modules()
+                 if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, Affine))}
     plain, biases = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (biases if name in convolutions else plain).append(parameter)
+            (biases if name in of_layers else plain).append(parameter)
     return [{"params": plain, "weight_decay": weight_decay, "lr_factor": 1.0},
             {"params": biases, "weight_decay": weight_decay * bias_decay, "lr_factor": bias_lr}]
 
@@ -259,12 +333,12 @@ def save_checkpoint(path: Path, content: dict):
 
 
 def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
-    """Weights to fine-tune from. The class predictor of a checkpoint with other classes is left as
-    initialised."""
+    """Weights to fine-tune from. Where the checkpoint has other classes, the class predictor is left as
+    initialised; DeFRCN's keeps the rows of the classes that both know."""
     checkpoint = read_checkpoint(path)
     state, own = checkpoint["model"], model.state_dict()
-    replaced = [key for key in own if key.startswith(("head.cls_logits.", "head.anchor_logits."))
-                and checkpoint["names"] != list(names)]
+    of_classes = ("head.cls_logits.", "head.anchor_logits.", "predictor.")
+    replaced = [key for key in own if key.startswith(of_classes) and checkpoint["names"] != list(names)]
     wrong = [key for key in own
              if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
     if wrong or set(state) - set(own):
@@ -272,7 +346,13 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
         raise WeightsError(f"{path}: not this model (different in "
                            f"{(wrong or sorted(set(state) - set(own)))[:3]}); it was trained with {trained}")
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key not in replaced}})
-    if replaced:
+    if replaced and isinstance(model, DeFRCN):
+        model.load_state_dict(transfer_predictor(own, state, checkpoint["names"], list(names)), strict=False)
+        kept = [name for name in names if name in checkpoint["names"]]
+        say(f"{path} knows {len(checkpoint['names'])} classes: the predictor keeps the rows of "
+            f"{', '.join([*kept, 'background']) if kept else 'none'}, new are "
+            f"{', '.join(name for name in names if name not in kept) or 'none'}")
+    elif replaced:
         say(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
 
 
@@ -329,13 +409,26 @@ def main():
 
     # ---- data
     train_set = open_dataset(args.data, args.train_split, args.train_json, args.train_images)
-    for line in (*train_set.notes, train_set.table()):
-        say(line)
     val_set = None
     if not args.no_eval:
         val_set = open_dataset(args.data, args.val_split, args.val_json, args.val_images, train_set.names)
-        for line in val_set.notes:
-            say(line)
+    if args.stage:
+        args.novel_classes = novel_names(train_set, args.voc_split, args.novel_classes)
+        learned = {"base": [name for name in train_set.names if name not in args.novel_classes],
+                   "novel": train_set.names if args.generalized else args.novel_classes}[args.stage]
+        say(f"{args.stage} stage: {', '.join(learned)} (novel classes: {', '.join(args.novel_classes)})")
+        val_set = val_set and keep_classes(val_set, learned, drop_empty=False)
+        if args.roi_grad_scale is None:
+            args.roi_grad_scale = (ROI_GRAD_SCALE_BASE if args.stage == "base" else
+                                   ROI_GRAD_SCALE_VOC if train_set.voc else ROI_GRAD_SCALE_NOVEL)
+        all_classes = train_set
+        if args.stage == "base":
+            train_set = keep_classes(train_set, learned, drop_empty=True)
+        else:
+            train_set = shot_view(train_set, learned, args.shots, args.seed,
+                                  lists_folder(vars(args), train_set.voc), args.out if rank == 0 else None)
+    for line in (*train_set.notes, train_set.table(), *(val_set.notes if val_set else ())):
+        say(line)
     if args.pad_to:
         for dataset in filter(None, (train_set, val_set)):
             check_pad_to(dataset, args.min_size, args.max_size, args.pad_to)
@@ -348,7 +441,8 @@ def main():
 
     # ---- schedule
     batches = StepBatches(train_set, indices, args.batch_size, args.seed, rank, world, accumulate)
-    schedule_steps, schedule_drops = SCHEDULES[args.schedule]
+    schedule_steps, schedule_drops = (schedule(train_set.voc, args.shots, args.generalized) if args.stage
+                                      else SCHEDULES[args.schedule])
     max_steps = (args.max_steps or (math.ceil(args.epochs * batches.steps_per_epoch) if args.epochs else
                                     round(schedule_steps * REFERENCE_BATCH / args.batch_size)))
     drops = [round(max_steps * drop / schedule_steps) for drop in schedule_drops]
@@ -362,7 +456,8 @@ def main():
 
     # ---- model
     torch.manual_seed(args.seed)
-    model = build_model(vars(args), len(train_set.names))
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    model = build_model(settings, len(train_set.names))
     if args.init:
         load_init(model, args.init, train_set.names, say)
     elif args.weights != "none" and not args.resume:
@@ -371,6 +466,13 @@ def main():
         if not torch.allclose(std, model.pixel_std):  # recipes differ in the mean, but the std is the file's
             model.pixel_mean.copy_(mean)
             model.pixel_std.copy_(std)
+    if args.save_init:
+        if rank == 0:
+            save_checkpoint(args.save_init, {
+                "model": model.state_dict(), "step": 0, "args": settings, "names": train_set.names,
+                "category_ids": train_set.category_ids})
+            say(f"{args.init} for {len(train_set.names)} classes is {args.save_init}")
+        return
     model.to(device, memory_format=torch.channels_last)
     recipe = RECIPES[args.model]
     groups = parameter_groups(model, args.weight_decay, recipe["bias_lr"], recipe["bias_decay"])
@@ -384,7 +486,6 @@ def main():
 
     # ---- resume
     start = 0
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     torch.manual_seed(args.seed + rank)
     if args.resume:
         path = args.resume
@@ -445,7 +546,7 @@ def main():
     loader = iter(DataLoader(
         TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
         batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-        collate_fn=partial(collate, pad_to=args.pad_to)))
+        collate_fn=partial(collate, divisor=model.divisor, pad_to=args.pad_to)))
     model.train()
     loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), start
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
@@ -519,11 +620,14 @@ def main():
             say(f"interrupted: saved {args.out / 'last.pth'} at step {done}; go on with --resume")
             return
         if val_set and (done == max_steps or args.eval_every and done % args.eval_every == 0):
+            few_shot = {} if not args.stage else {
+                "few_shot": describe_few_shot(settings), "calibration": make_calibration(
+                    settings, args.pcb_weights, train_set.names, device, all_classes)}
             for number, handler in defaults.items():  # nothing is lost if an evaluation is cut off
                 noting = signal.signal(number, handler)
             evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size,
                      workers=args.workers, amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to,
-                     pictures=args.pictures)
+                     pictures=args.pictures, **few_shot)
             for number in defaults:
                 signal.signal(number, noting)
             window = time.perf_counter()
