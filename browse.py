@@ -4,7 +4,7 @@ trained FSAF makes of it: the level each object chooses.
     python browse.py                                     the built-in shapes
     python browse.py --data coco --split train2017       COCO, VOC or your own data
     python browse.py --data coco --split val2017 --targets --min-size 800 --max-size 1333
-    python browse.py --split val --levels runs/fsaf/last.pth
+    python browse.py --levels runs/fsaf/last.pth
 
 Prints the class table and every problem found, and draws the first images into --out. With --targets an
 image becomes a row of panels, one per pyramid level: a dot is a positive point, in the colour of the object
@@ -81,7 +81,7 @@ def draw_levels(model: FSAF, dataset: DetectionDataset, index: int, min_size: in
                 max_size: int) -> tuple[Image.Image, list[tuple[int, float]]]:
     """One image with the level that each object chooses (FSAF Sec. 3.3), and its (level, side in px) pairs.
 
-    An object without an effective cell on any level has none and is left out.
+    An object without an effective cell on any level, which cannot be learned, has level -1 and is not drawn.
     """
     sample = load_sample(dataset, index, min_size, max_size)
     batch = collate([sample])
@@ -96,10 +96,13 @@ def draw_levels(model: FSAF, dataset: DetectionDataset, index: int, min_size: in
     canvas = ImageDraw.Draw(image)
     chosen = []
     for i, level in enumerate(select_level(losses).tolist()):
-        if losses[i, level] == NO_LOSS:  # crowds and padding, too
+        if batch["gt_labels"][0, i] < 0:
             continue
         box, label = sample["boxes"][i], sample["labels"][i]
+        level = -1 if losses[i, level] == NO_LOSS else level
         chosen.append((level, float(((box[2] - box[0]) * (box[3] - box[1])) ** 0.5)))
+        if level < 0:
+            continue
         draw_box(canvas, box * zoom, class_colour(level), f"P{level + 3} {dataset.names[label]}")
         radius = max(2, STRIDES[level] * zoom / 6)
         for x, y in (points[level][owner[level] == i] * zoom).tolist():
@@ -110,7 +113,8 @@ def draw_levels(model: FSAF, dataset: DetectionDataset, index: int, min_size: in
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="shapes", help="'shapes' or a folder in COCO or VOC layout")
+    parser.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout (default: shapes; for "
+                                       "--levels what the checkpoint was scored on)")
     parser.add_argument("--split", help="default: train (shapes), train2017")
     parser.add_argument("--json", help="COCO-format file, with --image-dir")
     parser.add_argument("--image-dir", help="folder of its images")
@@ -126,18 +130,27 @@ def main():
     args = parser.parse_args()
     if args.targets and args.levels:
         parser.error("give --targets or --levels, not both")
-    shapes = args.data == "shapes"
-    split = args.split or ("train" if shapes else "train2017")
-    min_size, max_size = (128, 128) if shapes else (800, 1333)
+    for name in ("count", "min_size", "max_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.levels:
         model, info = load_model(args.levels)
+        trained = info["args"]
         if not isinstance(model, FSAF) or not model.head.free:
             raise WeightsError(f"{args.levels}: --levels needs an FSAF with its anchor-free branch, this is "
-                               f"{info['args']['model']}")
-        min_size, max_size = max(info["args"]["min_size"]), info["args"]["max_size"]
+                               f"--model {trained['model']} --fsaf-branch {trained.get('fsaf_branch')}")
+        min_size, max_size = max(trained["min_size"]), trained["max_size"]
+    if args.levels and not (args.data or args.json):
+        dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
+                               trained["val_images"], info["names"])
+    else:
+        data = args.data or "shapes"
+        shapes = data == "shapes" and not args.json
+        if not args.levels:
+            min_size, max_size = (128, 128) if shapes else (800, 1333)
+        dataset = open_dataset(data, args.split or ("train" if shapes else "train2017"), args.json,
+                               args.image_dir, info["names"] if args.levels else None)
     min_size, max_size = args.min_size or min_size, args.max_size or max_size
-    dataset = open_dataset(args.data, split, args.json, args.image_dir,
-                           info["names"] if args.levels else None)
     for line in (*dataset.notes, dataset.table()):
         print(line)
     make_folder(args.out)
@@ -152,9 +165,9 @@ def main():
         else:
             picture = draw_objects(dataset, index)
         picture.save(args.out / f"{file_name(dataset.image_ids[index])}{kind}.png")
-    for level in range(len(STRIDES) if args.levels else 0):
+    for level in range(-1, len(STRIDES)) if args.levels else ():
         sides = sorted(side for at, side in chosen if at == level)
-        print(f"P{level + 3}: {len(sides)} objects"
+        print(f"{f'P{level + 3}' if level >= 0 else 'no level'}: {len(sides)} objects"
               + (f", side {sides[0]:.0f} to {sides[-1]:.0f} px, median {sides[len(sides) // 2]:.0f}"
                  if sides else ""))
     print(f"{count} drawings in {args.out}")

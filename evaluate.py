@@ -154,8 +154,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path}: cannot be read as a checkpoint "
-                           f"({str(error).splitlines()[0]})") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     missing = ({"model", "args", "names", "category_ids", "step"}
                - set(checkpoint if isinstance(checkpoint, dict) else ()))
     if missing:
@@ -175,7 +175,7 @@ def load_model(ckpt_path: str | Path, device: torch.device | str = "cpu") -> tup
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise WeightsError(f"{ckpt_path}: its weights do not fit the model its arguments describe "
-                           f"({error})") from error
+                           f"({' '.join(str(error).split())})") from error
     info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step")}
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
@@ -609,6 +609,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("min_size", "max_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.score_threshold is not None and not 0 <= args.score_threshold < 1:
+        parser.error(f"--score-threshold must be in 0..1, not {args.score_threshold}")
     if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
         parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
     return args

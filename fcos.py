@@ -14,8 +14,7 @@ default the improved one (38.7 AP):
 Letters: B images, C classes, G gt objects (padded), L levels, P points of all levels, H W feature
 height, width. Points of all levels are concatenated, finest level first, each in the row-major
 order of `feature.flatten(2)`.
-`# DIFFERS:` marks where published implementations disagree and says whom this one follows; the README lists
-them.
+Where published implementations disagree a comment says `DIFFERS:`; the README lists them.
 """
 import math
 

@@ -1,7 +1,7 @@
 """FSAF: Feature Selective Anchor-Free Module for Single-Shot Object Detection (arXiv 1903.00621).
 
-Every object is tried on every pyramid level and learned on the one where its loss is smallest. The cells
-near the object's centre predict its class and the distances to its four sides. Three forms:
+Every object is tried on every pyramid level on which a cell lies near its centre, and learned on the one
+where its loss is smallest. These cells predict its class and the distances to its four sides. Three forms:
 
     FSAF(80)                    the anchor-free branch alone, as in mmdetection (R-50 1x: 37.4 AP there)
     FSAF(80, joint=True)        the paper's module: that branch and RetinaNet's on shared towers
@@ -176,10 +176,10 @@ def image_anchors(base: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
 # ---------------------------------------------------------------------------------------------- targets
 
 class FreeTargets(NamedTuple):
-    """What the points learn in the anchor-free branch, before an object has chosen its level."""
+    """What the points learn in the anchor-free branch before objects have chosen their level; G > 0."""
     owner: Tensor  # (..., P) int64: index of the object in whose effective region the point lies, -1 = none
-    region: Tensor  # (..., P, G) bool: in the effective or ignore region of that object
-    dropped: Tensor  # (..., P) bool: in a crowd, or beyond the image's padding: learns nothing
+    region: Tensor  # (..., P, G) bool: in the ignore region of that object, which holds the effective one
+    dropped: Tensor  # (..., P) bool: in the middle of a crowd, or beyond the image's padding: learns nothing
 
 
 @torch.no_grad()
@@ -189,7 +189,8 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
 
     The regions are the box shrunk around its centre. A point stands for the square of side `stride` around
     it, and belongs to a region that covers MIN_COVERED of this square; to be effective it must lie strictly
-    inside the box, too. Where effective regions overlap the smallest box wins (of equal ones the first), and
+    inside the box, too. An object may thus have no effective point, always if it is under STRIDES[0] / 2 px.
+    Where effective regions overlap the smallest box wins (of equal ones the first), and
     for the others the point is ignored. A point that is to be ignored for the class it should learn is not
     positive.
 
@@ -201,10 +202,12 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
     dropped = ~inside | crowd.any(dim=1)
 
     possible = (gt_labels >= 0) & inside[:, None]
-    effective = (_strictly_inside(points, gt_boxes) & possible
+    region = possible & (_covered(points, strides, _shrink(gt_boxes, ignore_scale)) > MIN_COVERED)
+    effective = (region & _strictly_inside(points, gt_boxes)
                  & (_covered(points, strides, _shrink(gt_boxes, effective_scale)) > MIN_COVERED))
-    ignore = possible & (_covered(points, strides, _shrink(gt_boxes, ignore_scale)) > MIN_COVERED)
-    region = effective | ignore
+    # DIFFERS: overlaps are settled before an object chooses its level, as in mmdetection: a point that a
+    # smaller object owns is lost to the larger one even if the smaller then learns elsewhere. In the paper
+    # only objects of one level compete.
     smallest, owner = torch.where(effective, box_area(gt_boxes), math.inf).min(dim=1)
     positive = (smallest < math.inf) & ~dropped
 
@@ -254,7 +257,7 @@ def point_losses(logits: Tensor, boxes: Tensor, labels: Tensor,
     """
     one_hot = labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)
     positive = labels >= 0
-    # Identical boxes at background points: weight 0 alone would turn an infinite distance into NaN.
+    # Finite boxes at background points: a zero gradient times an infinite distance would be NaN.
     boxes, target_boxes = (torch.where(positive[..., None], b, 1.0) for b in (boxes, target_boxes))
     cls_loss = sigmoid_focal_loss(logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA)
     return cls_loss, torch.where(positive, iou_loss(boxes, target_boxes), 0.0)
@@ -359,8 +362,8 @@ def anchor_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, match: Tensor
     # smooth L1 with beta 1/9.
     box_loss = (deltas - target_deltas).abs().sum(dim=-1)
     cls_loss = sigmoid_focal_loss(logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA).sum(dim=-1)
-    # DIFFERS: the positives of all images and ranks, at least 1. mmdetection adds 1 for an image without, and
-    # every rank has its own count; torchvision divides image by image.
+    # DIFFERS: positives of all images, mean over ranks, at least 1. mmdetection adds 1 for an image without,
+    # and every rank has its own count; torchvision divides image by image.
     num_pos = mean_over_ranks(positive.sum().float()).clamp(min=1)
     return {"cls": torch.where(match > -2, cls_loss, 0.0).sum() / num_pos,
             "box": torch.where(positive, box_loss, 0.0).sum() / num_pos}
@@ -434,37 +437,32 @@ class FSAF(nn.Module):
         return {**self.head(features), "shapes": [tuple(feature.shape[-2:]) for feature in features]}
 
     def losses(self, outputs: dict, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> dict[str, Tensor]:
+        gt_boxes, gt_labels = _at_least_one_row(gt_boxes, gt_labels)
         free = anchor = {}
         if self.head.free:
             free = fsaf_losses(*self.free_targets(outputs, sizes, gt_boxes, gt_labels), self.ignore_adjacent)
         if self.head.anchor:
-            anchor = self._anchor_losses(outputs, sizes, gt_boxes, gt_labels)
+            inside = _inside(image_points(outputs["shapes"], sizes.device)[0], sizes)
+            inside = inside.repeat_interleave(self.base_anchors.shape[1], dim=1)
+            anchors = image_anchors(self.base_anchors, outputs["shapes"])
+            match = torch.stack([match_anchors(anchors, *gt, FOREGROUND_IOU, BACKGROUND_IOU, usable)
+                                 for *gt, usable in zip(gt_boxes, gt_labels, inside)])
+            anchor = anchor_losses(outputs["anchor_logits"], outputs["anchor_deltas"], anchors, match,
+                                   gt_boxes, gt_labels)
         if not self.joint:
             return free or anchor
         return {**{f"anchor_{name}": loss for name, loss in anchor.items()},
                 **{f"free_{name}": LAMBDA * loss for name, loss in free.items()}}
 
-    def free_targets(self, outputs: dict, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor):
-        """What `level_losses` and `fsaf_losses` need, in their order."""
-        gt_boxes, gt_labels = _at_least_one_row(gt_boxes, gt_labels)
+    def free_targets(self, outputs: dict, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> tuple:
+        """What `level_losses` and `fsaf_losses` need, in their order; gt_boxes (B, G, 4) with G > 0."""
         points, strides = image_points(outputs["shapes"], gt_boxes.device)
-        targets = [fsaf_targets(points, strides, *gt, _inside(points, size), self.effective_scale,
-                                self.ignore_scale) for *gt, size in zip(gt_boxes, gt_labels, sizes)]
+        targets = [fsaf_targets(points, strides, *image, self.effective_scale, self.ignore_scale)
+                   for image in zip(gt_boxes, gt_labels, _inside(points, sizes))]
         targets = FreeTargets(*(torch.stack(t) for t in zip(*targets)))
         boxes = fsaf_decode(points, strides, outputs["tblr"].clamp(min=MIN_DISTANCE))
         level_sizes = [height * width for height, width in outputs["shapes"]]
         return outputs["logits"], boxes, targets, gt_boxes, gt_labels, level_sizes
-
-    def _anchor_losses(self, outputs: dict, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor):
-        gt_boxes, gt_labels = _at_least_one_row(gt_boxes, gt_labels)
-        anchors = image_anchors(self.base_anchors, outputs["shapes"])
-        points, _ = image_points(outputs["shapes"], gt_boxes.device)
-        per_point = self.base_anchors.shape[1]
-        match = torch.stack([match_anchors(anchors, *gt, FOREGROUND_IOU, BACKGROUND_IOU,
-                                           _inside(points, size).repeat_interleave(per_point))
-                             for *gt, size in zip(gt_boxes, gt_labels, sizes)])
-        return anchor_losses(outputs["anchor_logits"], outputs["anchor_deltas"], anchors, match, gt_boxes,
-                             gt_labels)
 
     def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
         """Both branches' best pairs of every level, one class-wise NMS for all (Sec. 3.5)."""
@@ -488,14 +486,15 @@ class FSAF(nn.Module):
         return found
 
 
-def _inside(points: Tensor, size: Tensor) -> Tensor:
-    """Points (P,) bool of an image (height, width) padded to DIVISOR, in a batch that may be larger."""
-    height, width = (size + DIVISOR - 1) // DIVISOR * DIVISOR
-    return (points[:, 0] < width) & (points[:, 1] < height)
+def _inside(points: Tensor, sizes: Tensor) -> Tensor:
+    """Which points (P, 2) lie in each image, sizes (B, 2) height, width, padded to DIVISOR: (B, P) bool."""
+    padded = (sizes + DIVISOR - 1) // DIVISOR * DIVISOR
+    return (points < padded.flip(-1)[:, None]).all(dim=-1)
 
 
 def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mmdetection's FSAF or RetinaNet weights (2.x and 3.x) under our names, for a strict load.
+    """mmdetection's FSAF or RetinaNet weights (2.x and 3.x, pytorch-style backbone) under our names, for a
+    strict load.
 
     The matching model: FSAF(...) where retina_reg has 4 channels, FSAF(..., anchor_only=True) where it has
     4 per anchor. pixel_mean, pixel_std and, for the latter, base_anchors of the recipe are added.

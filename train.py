@@ -55,7 +55,7 @@ from evaluate import (
     setup_device,
 )
 from fewshot import keep_classes, lists_folder, novel_names, schedule, shot_view
-from fsaf import EFFECTIVE_SCALE
+from fsaf import EFFECTIVE_SCALE, IGNORE_SCALE, IGNORE_SCALE_JOINT
 
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
 # Steps at the reference batch and where the lr drops tenfold (Detectron's model zoo).
@@ -165,8 +165,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     few.add_argument("--shot-lists", type=Path,
                      help="folder of published lists (default: cocosplit or vocsplit beside the data)")
     few.add_argument("--pcb-weights",
-                     help="ImageNet ResNet-101 of the calibration: a file, resnet101 for torchvision's, or none "
-                          "(default: resnet101; shapes: none)")
+                     help="ImageNet ResNet-101 of the calibration: a file, none, or resnet101 for "
+                          "torchvision's (default; shapes: none)")
     few.add_argument("--save-init", type=Path, metavar="FILE",
                      help="write what --init becomes for the classes of this stage, and stop")
     optim = parser.add_argument_group("optimisation")
@@ -192,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--loss-scale", default="dynamic", help="for fp16: dynamic or a number")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
-    run.add_argument("--out", type=Path, help="default: runs/MODEL")
+    run.add_argument("--out", type=Path, help="default: runs/MODEL, with the form and the stage")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--init", help="start from the weights of this checkpoint; other classes get a new head")
     run.add_argument("--resume", nargs="?", const="last", help="go on from OUT/last.pth or the file given")
@@ -206,10 +206,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume or args.init:  # what is not given again is what the checkpoint was trained with
         path = args.init
         if args.resume:
-            path = args.out or Path("runs") / args.model
+            path = args.out or Path("runs") / run_name(args)
             path = path / "last.pth" if args.resume == "last" else Path(args.resume)
             parser.set_defaults(out=path.parent)
         saved = read_checkpoint(path)["args"]
+        parser.set_defaults(model=saved["model"])
+        args = parser.parse_args(argv)
+        if args.model != saved["model"]:
+            parser.error(f"{path} is a checkpoint of --model {saved['model']}, not {args.model}")
         kept = [key for key in saved if key in MODEL_ARGS or args.resume
                 and key not in ("resume", "init", "out", "device")
                 and not (key in ("epochs", "max_steps") and (args.epochs or args.max_steps))]
@@ -234,10 +238,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.out = args.out or Path("runs") / args.model
+    if args.model == "fsaf" and args.ignore_scale is None:
+        args.ignore_scale = IGNORE_SCALE_JOINT if args.fsaf_branch == "both" else IGNORE_SCALE
+    args.out = args.out or Path("runs") / run_name(args)
     args.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if args.workers is None else args.workers
     _check(parser, args)
     return args
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Folder of a run under runs/: the model and its form, the few-shot stage."""
+    parts = [args.model, {"anchor": "anchor", "both": "joint"}.get(args.fsaf_branch), args.stage]
+    if args.stage == "novel":
+        parts += ["all" if args.generalized else None, f"{args.shots}shot", f"seed{args.seed}"]
+    return "_".join(filter(None, parts))
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
@@ -257,7 +271,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
     if args.max_steps and args.epochs:
         parser.error("give --epochs or --max-steps, not both")
     # At 32 a group norm group would be one channel: nothing to normalise on a 1 x 1 level.
-    if args.fpn_channels % 64:
+    if args.model == "fcos" and args.fpn_channels % 64:
         parser.error(f"--fpn-channels must be a multiple of 64 (32 groups of two or more), "
                      f"not {args.fpn_channels}")
     two_stage = args.model in ("defrcn", "faster_rcnn")
@@ -275,6 +289,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("--original is a form of FCOS: give --model fcos")
     if args.model != "fsaf" and (args.fsaf_branch != "free" or args.ignore_scale is not None):
         parser.error("--fsaf-joint, --fsaf-branch and --ignore-scale belong to --model fsaf")
+    if args.fsaf_branch == "anchor" and args.ignore_scale != IGNORE_SCALE:
+        parser.error("--ignore-scale belongs to the anchor-free branch: --fsaf-branch anchor has none")
     if args.ignore_scale is not None and not EFFECTIVE_SCALE <= args.ignore_scale <= 1:
         parser.error(f"--ignore-scale must be {EFFECTIVE_SCALE} (no ring) to 1, not {args.ignore_scale}")
     if not 0 <= args.freeze_at <= 5:
@@ -491,9 +507,9 @@ def main():
         path = args.resume
         checkpoint = read_checkpoint(path)
         for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at"):
-            if settings[key] != checkpoint["args"].get(key):
-                raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'].get(key)}, not "
-                                   f"{settings[key]}: a resumed run cannot change that (--init can)")
+            if key in checkpoint["args"] and settings[key] != checkpoint["args"][key]:
+                raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'][key]}, not "
+                                   f"{settings[key]}: a resumed run cannot change that")
         if checkpoint["names"] != train_set.names:
             raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data has "
                                f"{train_set.names}; use --init to fine-tune on other classes")
@@ -519,8 +535,9 @@ def main():
     elif rank == 0:  # a new run in an old folder keeps what is there
         for name in ("last.pth", "log.jsonl"):
             if (args.out / name).exists():
-                os.replace(args.out / name, args.out / f"earlier_{name}")
-                say(f"{args.out / name} of an earlier run is now earlier_{name}")
+                number = next(n for n in range(1, 10 ** 6) if not (args.out / f"earlier{n}_{name}").exists())
+                os.replace(args.out / name, args.out / f"earlier{number}_{name}")
+                say(f"{args.out / name} of an earlier run is now earlier{number}_{name}")
 
     def save(step: int):
         states = rng_states(world)

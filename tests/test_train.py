@@ -64,7 +64,9 @@ def test_defaults_depend_on_the_data():
     fsaf = parse_args(["--data", "coco", "--model", "fsaf"])
     assert (fsaf.norm, fsaf.clip, coco.clip, fsaf.fsaf_branch, fsaf.out) == (
         "affine", 10, 35, "free", Path("runs/fsaf"))
-    assert parse_args(["--model", "fsaf", "--fsaf-joint"]).fsaf_branch == "both"
+    joint = parse_args(["--model", "fsaf", "--fsaf-joint"])
+    assert (joint.fsaf_branch, joint.ignore_scale, fsaf.ignore_scale) == ("both", 0.5, 0.2)
+    assert joint.out == Path("runs/fsaf_joint")
     files = parse_args(["--train-json", "a", "--train-images", "b", "--no-eval"])  # not the built-in set
     assert (files.backbone, files.min_size, files.batch_size) == ("resnet50", [800], 16)
 
@@ -80,6 +82,7 @@ def test_defaults_depend_on_the_data():
     (["--min-size", "0"], "--min-size must be positive"),
     (["--model", "fsaf", "--original"], "--original is a form of FCOS"),
     (["--fsaf-joint"], "belong to --model fsaf"),
+    (["--model", "fsaf", "--fsaf-branch", "anchor", "--ignore-scale", "0.5"], "anchor has none"),
     (["--model", "fsaf", "--ignore-scale", "0.1"], "--ignore-scale must be 0.2 (no ring) to 1, not 0.1")])
 def test_wrong_arguments_are_named(words, message, capsys):
     with pytest.raises(SystemExit):
@@ -152,7 +155,7 @@ def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path, m
     for ranks in (1, 2):
         code, out, err = script(*command, ranks=ranks)
         assert code == 0, err
-        assert ("an earlier run is now earlier_last.pth" in out) == (ranks == 2)
+        assert ("an earlier run is now earlier1_last.pth" in out) == (ranks == 2)
         losses.append([row["loss"] for row in rows(tmp_path)[-4:]])
     assert losses[1] == pytest.approx(losses[0], rel=2e-4)
     if model == "fsaf":
