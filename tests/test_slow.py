@@ -23,8 +23,10 @@ def test_sixteen_real_images_are_learned_by_heart(script, tmp_path, coco_mini):
     assert metrics["AP"] >= 0.5, out[-3000:]
 
 
-def test_shapes_reach_the_promised_ap(script, tmp_path):
-    code, out, err = script("train.py", "--model", "fcos", "--device", "cpu", timeout=900)
+@pytest.mark.parametrize(("words", "ap"), [
+    (("fcos",), 0.60), (("fsaf",), 0.45), (("fsaf", "--fsaf-joint"), 0.45)])
+def test_shapes_reach_the_promised_ap(script, tmp_path, words, ap):
+    code, out, err = script("train.py", "--model", *words, "--device", "cpu", "--out", "out", timeout=1200)
     assert code == 0, err
-    metrics = json.loads((tmp_path / "runs" / "fcos" / "metrics.json").read_text())
-    assert metrics["AP"] >= 0.60 and metrics["AP50"] >= 0.82, out[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["AP"] >= ap, out[-3000:]
