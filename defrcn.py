@@ -345,7 +345,8 @@ class DeFRCN(nn.Module):
         self.roi_samples, self.post_nms_top_k = roi_samples, tuple(post_nms_top_k)
         self.score_threshold, self.sample_order = score_threshold, sample_order
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)  # layer4 is the RoI head's
-        self.backbone.layer4.requires_grad_(not freeze_res5)
+        if freeze_res5:
+            self.backbone.layer4.requires_grad_(False)
         channels, pooled_channels = self.backbone.out_channels[-2:]
         self.affine_rpn, self.affine_roi = (Affine(channels), Affine(channels)) if decouple else (None, None)
         self.rpn = RPN(channels)
