@@ -298,7 +298,8 @@ def small_model(**kwargs):
     torch.manual_seed(0)
     model = DeFRCN(3, "resnet18", norm="affine", freeze_at=0, caffe=False, roi_samples=16,
                    post_nms_top_k=(50, 20), sample_order=in_index_order, **kwargs)
-    torch.nn.init.normal_(model.rpn.objectness.weight, std=0.1)  # no ties: rounding does not reorder the proposals
+    # Far from ties: rounding does not reorder the proposals.
+    torch.nn.init.normal_(model.rpn.objectness.weight, std=0.1)
     return model
 
 
