@@ -288,7 +288,7 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
     columns = {"AP": metrics["per_class"]}
     if dataset.voc:
         for key, eleven_point in (("AP50_VOC07", True), ("AP50_VOC", False)):
-            columns[key] = voc_ap50(dataset, results, eleven_point)
+            columns[key] = metrics[f"per_class_{key}"] = voc_ap50(dataset, results, eleven_point)
             known = [v for v in columns[key].values() if v is not None]
             metrics[key] = float(np.mean(known)) if known else None
     width = max(map(len, dataset.names))
@@ -489,10 +489,10 @@ def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, ba
         metrics = {**score(dataset, results), "before_calibration": metrics}
     if few_shot:
         for part in filter(None, (metrics.get("before_calibration"), metrics)):
-            part["few_shot"] = {**few_shot, **few_shot_scores(part, few_shot["novel"])}
+            scores = few_shot_scores(part, few_shot["novel"])
+            part["few_shot"] = {**few_shot, **scores}
             print("before calibration: " * (part is not metrics)
-                  + "  ".join(f"{key} {_shown(part['few_shot'][key])}" for key in
-                              ("nAP", "nAP50", "nAP75", "bAP", "bAP50", "bAP75")))
+                  + "  ".join(f"{key} {_shown(value)}" for key, value in scores.items()))
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in timing.items()}
     print("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in timing.items()))
     write_json(out / "metrics.json", metrics)

@@ -169,25 +169,28 @@ def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], li
     return lists
 
 
-def lists_folder(args: dict, voc: bool) -> Path:
-    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place, which need not exist."""
+def lists_folder(args: dict, voc: bool) -> Path | None:
+    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place if it is there, else None."""
     if args["shot_lists"]:
         if not Path(args["shot_lists"]).is_dir():
             raise DataError(f"--shot-lists {args['shot_lists']}: there is no such folder")
         return Path(args["shot_lists"])
-    return Path(args["data"]) / "vocsplit" if voc else Path(args["data"]).parent / "cocosplit"
+    if args["data"] == "shapes":
+        return None
+    folder = Path(args["data"]) / "vocsplit" if voc else Path(args["data"]).parent / "cocosplit"
+    return folder if folder.is_dir() else None
 
 
-def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int, lists: Path,
+def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int, lists: Path | None,
               save_to: Path | None) -> View:
-    """The dataset of the K shots of every class in `names`: read from the folder `lists` if it exists, else
+    """The dataset of the K shots of every class in `names`: read from the folder `lists`, or where it is None
     sampled from `source` (all classes of its images) and saved in the folder `save_to` in the same layout.
 
     As published, COCO's shots are merged by image, whose other objects are background, and in VOC every shot
     is a record of its own, at most K per class. Raises DataError for a missing or foreign list and for too
     few boxes.
     """
-    if lists.is_dir():
+    if lists is not None:
         rows_of = _read_lists(lists / f"seed{seed}", source, names, shots)
         origin = f"read from {lists / f'seed{seed}'}"
     else:
@@ -373,15 +376,21 @@ class Calibration:
 
 # ---------------------------------------------------------------------------------------------- tables
 
-def few_shot_scores(metrics: dict, novel: list[str]) -> dict[str, float | None]:
-    """nAP, nAP50, nAP75 of the novel classes and bAP, ... of the others: means over classes, None without
-    any.
+TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")
 
-    metrics: of `evaluate.score`, with "per_class", "per_class_AP50" and "per_class_AP75".
+
+def few_shot_scores(metrics: dict, novel: list[str]) -> dict[str, float | None]:
+    """nAP, nAP50, nAP75 of the novel classes and bAP, ... of the others: means over classes, None without any.
+    On VOC data also nAP50_VOC07 and bAP50_VOC07, the published measure there.
+
+    metrics: of `evaluate.score`, with "per_class", "per_class_AP50", ...
     """
+    columns = {"AP": "per_class", "AP50": "per_class_AP50", "AP75": "per_class_AP75"}
+    if "per_class_AP50_VOC07" in metrics:
+        columns["AP50_VOC07"] = "per_class_AP50_VOC07"
     scores = {}
     for letter, is_novel in (("n", True), ("b", False)):
-        for key, column in (("AP", "per_class"), ("AP50", "per_class_AP50"), ("AP75", "per_class_AP75")):
+        for key, column in columns.items():
             values = [value for name, value in metrics[column].items()
                       if (name in novel) == is_novel and value is not None]
             scores[letter + key] = float(np.mean(values)) if values else None
@@ -404,7 +413,7 @@ def aggregate(runs: list[dict]) -> list[dict]:
     for setting, members in sorted(groups.values(), key=lambda g: (g[0]["data"], g[0]["model"],
                                                                    g[0]["generalized"], g[0]["shots"])):
         row = {**setting, "seeds": sorted(m["few_shot"]["seed"] for m in members)}
-        for key in ("nAP", "nAP50", "nAP75", "bAP", "bAP50", "AP"):
+        for key in TABLE_KEYS:
             values = [m["few_shot"].get(key) if key != "AP" else m["AP"] for m in members]
             if None not in values:
                 row[key] = [float(np.mean(values)), float(1.96 * np.std(values) / np.sqrt(len(values)))]
@@ -414,7 +423,7 @@ def aggregate(runs: list[dict]) -> list[dict]:
 
 def aggregate_table(rows: list[dict]) -> str:
     """Rows of `aggregate` as text, in percent."""
-    keys = [key for key in ("nAP", "nAP50", "nAP75", "bAP", "bAP50", "AP") if any(key in row for row in rows)]
+    keys = [key for key in TABLE_KEYS if any(key in row for row in rows)]
     lines = [f"{'data':24} {'model':12} {'setting':6} shots runs  " + "  ".join(f"{key:>13}" for key in keys)]
     for row in rows:
         cells = [f"{100 * row[key][0]:6.2f} ± {100 * row[key][1]:4.2f}" if key in row else "" for key in keys]

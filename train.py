@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from backbone import ARCHITECTURES, WeightsError, load_imagenet
+from backbone import ARCHITECTURES, WeightsError, imagenet_file, load_imagenet
 from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
 from defrcn import (
     ROI_GRAD_SCALE_BASE,
@@ -265,7 +265,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
                  "max_steps", "epochs", "eval_every", "shots", "roi_samples"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("min_size", "pad_to"):
+    for name in ("min_size", "pad_to", "proposals"):
         if min(getattr(args, name) or [1]) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {min(getattr(args, name))}")
     if args.max_steps and args.epochs:
@@ -434,6 +434,14 @@ def main():
                    "novel": train_set.names if args.generalized else args.novel_classes}[args.stage]
         say(f"{args.stage} stage: {', '.join(learned)} (novel classes: {', '.join(args.novel_classes)})")
         val_set = val_set and keep_classes(val_set, learned, drop_empty=False)
+        if args.stage == "novel" and args.model == "defrcn" and args.pcb_weights != "none":
+            try:
+                imagenet_file(args.pcb_weights)
+            except WeightsError as error:
+                if args.pcb_weights not in ARCHITECTURES:  # a file that was asked for
+                    raise
+                say(f"no prototypical calibration, scores will stay plain (--pcb-weights FILE): {error}")
+                args.pcb_weights = "none"
         if args.roi_grad_scale is None:
             args.roi_grad_scale = (ROI_GRAD_SCALE_BASE if args.stage == "base" else
                                    ROI_GRAD_SCALE_VOC if train_set.voc else ROI_GRAD_SCALE_NOVEL)

@@ -3,7 +3,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,14 +137,14 @@ def test_sampled_lists_are_written_in_the_layout_that_is_read(tmp_path):
     train = open_dataset("shapes", "train")
     novel = novel_names(train)
     assert novel == ["arrow", "heart"]
-    sampled = shot_view(train, novel, 10, 3, tmp_path / "none", tmp_path)
+    sampled = shot_view(train, novel, 10, 3, None, tmp_path)
     assert np.bincount(sampled.classes).tolist() == [10, 10]
     assert (tmp_path / "cocosplit" / "seed3" / "full_box_10shot_heart_trainval.json").is_file()
     read = shot_view(train, novel, 10, 3, tmp_path / "cocosplit", None)
     assert records(read) == records(sampled)
-    other = shot_view(train, novel, 10, 4, tmp_path / "none", None)
+    other = shot_view(train, novel, 10, 4, None, None)
     assert records(other) != records(sampled)
-    fewer = shot_view(train, novel, 5, 3, tmp_path / "none", None)
+    fewer = shot_view(train, novel, 5, 3, None, None)
     assert {image for image, _ in records(fewer)} <= {image for image, _ in records(sampled)}
 
 
@@ -165,10 +164,12 @@ def test_mistakes_are_named(tiny, tmp_path):
     with pytest.raises(DataError, match="full_box_5shot_person_trainval.json does not exist"):
         shot_view(train, ["person"], 5, 0, tiny / "cocosplit", None)
     with pytest.raises(DataError, match="class person: 30 shots cannot be drawn from its .* boxes"):
-        shot_view(train, ["person"], 30, 0, tmp_path / "none", None)
+        shot_view(train, ["person"], 30, 0, None, None)
     with pytest.raises(DataError, match="there is no such folder"):
         lists_folder({"shot_lists": tmp_path / "none", "data": "coco"}, voc=False)
-    assert lists_folder({"shot_lists": None, "data": "d/coco"}, voc=False) == Path("d/cocosplit")
+    assert lists_folder({"shot_lists": None, "data": str(tiny / "coco")}, voc=False) == tiny / "cocosplit"
+    assert lists_folder({"shot_lists": None, "data": str(tiny)}, voc=True) == tiny / "vocsplit"
+    assert lists_folder({"shot_lists": None, "data": "d/coco"}, voc=False) is None
     foreign = tmp_path / "seed0" / "full_box_1shot_dog_trainval.json"
     foreign.parent.mkdir()
     foreign.write_text(json.dumps({"annotations": [{"image_id": 5, "bbox": [1, 2, 3, 4]}]}))
