@@ -170,7 +170,7 @@ def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], li
 
 
 def lists_folder(args: dict, voc: bool) -> Path | None:
-    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place if it is there, else None."""
+    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place; None if there are none."""
     if args["shot_lists"]:
         if not Path(args["shot_lists"]).is_dir():
             raise DataError(f"--shot-lists {args['shot_lists']}: there is no such folder")
@@ -183,8 +183,8 @@ def lists_folder(args: dict, voc: bool) -> Path | None:
 
 def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int, lists: Path | None,
               save_to: Path | None) -> View:
-    """The dataset of the K shots of every class in `names`: read from the folder `lists`, or where it is None
-    sampled from `source` (all classes of its images) and saved in the folder `save_to` in the same layout.
+    """The dataset of the K shots of every class in `names`: read from the folder `lists`, or if None sampled
+    from `source` (all classes of its images) and saved in the folder `save_to` in the same layout.
 
     As published, COCO's shots are merged by image, whose other objects are background, and in VOC every shot
     is a record of its own, at most K per class. Raises DataError for a missing or foreign list and for too
@@ -380,7 +380,7 @@ TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC
 
 
 def few_shot_scores(metrics: dict, novel: list[str]) -> dict[str, float | None]:
-    """nAP, nAP50, nAP75 of the novel classes and bAP, ... of the others: means over classes, None without any.
+    """nAP, nAP50, nAP75 of the novel classes, bAP, ... of the others: means over classes, None without any.
     On VOC data also nAP50_VOC07 and bAP50_VOC07, the published measure there.
 
     metrics: of `evaluate.score`, with "per_class", "per_class_AP50", ...
