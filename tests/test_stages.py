@@ -1,0 +1,100 @@
+"""The few-shot commands: base stage, surgery, fine-tuning, scores, table."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from train import parse_args
+
+TINY = ("train.py", "--device", "cpu", "--batch-size", 2, "--workers", 1, "--log-every", 1,
+        "--model", "defrcn", "--roi-samples", 4, "--proposals", 10, 5, "--min-size", 96, "--max-size", 128)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base-stage checkpoint of two steps."""
+    folder = tmp_path_factory.mktemp("base")
+    root = train.Path(train.__file__).parent
+    command = [sys.executable, str(root / TINY[0]), *map(str, TINY[1:]), "--stage", "base",
+               "--max-steps", "2", "--no-eval", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("base stage: disc, square, triangle, star, cross, ring (novel classes: arrow, heart)"
+            in done.stdout)
+    return folder / "last.pth"
+
+
+def test_fine_tuning_scores_and_table(base, script, tmp_path):
+    for seed in (0, 1):
+        code, out, err = script(*TINY, "--stage", "novel", "--shots", 1, "--seed", seed, "--init", base,
+                                "--max-steps", 2, "--pictures", 0)
+        assert code == 0, err
+    assert "1 shots per class, seed 1, sampled" in out
+    assert "keeps the rows of none, new are arrow, heart" in out
+    run = tmp_path / "runs" / "defrcn_novel_1shot_seed1"
+    assert (run / "cocosplit" / "seed1" / "full_box_1shot_arrow_trainval.json").is_file()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["few_shot"]["shots"] == 1 and metrics["few_shot"]["novel"] == ["arrow", "heart"]
+    assert metrics["few_shot"]["nAP"] is not None and metrics["few_shot"]["bAP"] is None
+
+    checkpoint = torch.load(run / "last.pth", weights_only=True)
+    before = torch.load(base, weights_only=True)["model"]
+    moved = {key for key, value in checkpoint["model"].items()
+             if key in before and value.shape == before[key].shape and not torch.equal(value, before[key])}
+    # Stem, layer1, layer2 (freeze at 3) and layer4 (the RoI head's) stay; layer3, RPN, affine layers learn.
+    assert not any(key.startswith(("backbone.conv1", "backbone.layer1", "backbone.layer2", "backbone.layer4"))
+                   for key in moved)
+    assert {"backbone.layer3.0.conv1.weight", "rpn.conv.weight", "affine_roi.weight"} <= moved
+
+    code, out, err = script("evaluate.py", "--aggregate", *(tmp_path / "runs").iterdir(), "--out", "table")
+    assert code == 0, err
+    assert "FSOD" in out and "±" in out and "   2  " in out
+    assert json.loads((tmp_path / "table" / "aggregate.json").read_text())[0]["seeds"] == [0, 1]
+
+
+def test_generalized_fine_tuning_keeps_the_base_rows(base, script, tmp_path):
+    words = ("--stage", "novel", "--generalized", "--shots", 1, "--init", base)
+    code, out, err = script(*TINY, *words, "--save-init", "surgery.pth")
+    assert code == 0 and "keeps the rows of disc, square, triangle, star, cross, ring, background" in out, err
+    old, new = (torch.load(path, weights_only=True) for path in (base, tmp_path / "surgery.pth"))
+    assert new["names"][-2:] == ["arrow", "heart"] and new["step"] == 0
+    weight = "predictor.cls_score.weight"
+    assert torch.equal(new["model"][weight][:6], old["model"][weight][:6])
+    assert torch.equal(new["model"][weight][-1], old["model"][weight][-1])
+    code, out, err = script(*TINY, *words, "--max-steps", 2, "--pictures", 0, ranks=2)
+    assert code == 0, err
+    assert "bAP" in out and "nAP" in out
+    run = tmp_path / "runs" / "defrcn_novel_all_1shot_seed0"
+    code, out, err = script("evaluate.py", "--ckpt", run / "last.pth", "--out", "again", "--pictures", 0)
+    assert code == 0, err
+    assert (json.loads((tmp_path / "again" / "metrics.json").read_text())["few_shot"]
+            == json.loads((run / "metrics.json").read_text())["few_shot"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--model", "fcos", "--stage", "base"], "--stage belongs to --model defrcn"),
+    (["--stage", "novel", "--init", "BASE"], "--stage novel and --shots K belong together"),
+    (["--stage", "novel", "--shots", "1"], "give the base stage's checkpoint with --init"),
+    (["--stage", "base", "--novel-classes", "heart,unicorn"], "the data have no unicorn"),
+    (["--stage", "novel", "--shots", "7", "--init", "BASE"], "class arrow: 7 shots cannot be drawn"),
+    (["--stage", "novel", "--shots", "1", "--init", "BASE", "--shot-lists", "no"], "there is no such folder"),
+    (["--stage", "novel", "--shots", "1", "--init", "BASE", "--pcb-weights", "no.pth"],
+     "weights file no.pth does not exist")])
+def test_mistakes_end_in_one_line(base, mistake, words, message):
+    words = [base if word == "BASE" else word for word in words]
+    assert message in mistake(train.main, *TINY[1:], "--no-eval", *words)
+
+
+def test_published_settings_by_stage(base):
+    settings = ["--data", "coco", "--model", "defrcn"]
+    first = parse_args([*settings, "--stage", "base", "--weights", "R.pkl"])
+    assert (first.lr, first.weight_decay, first.freeze_at, first.clip, first.warmup_steps) == (
+        0.02, 5e-5, 3, 0, 1000)
+    assert first.min_size == [640, 672, 704, 736, 768, 800] and str(first.out) == "runs/defrcn_base"
+    tuned = parse_args([*settings, "--stage", "novel", "--shots", "5", "--init", str(base)])
+    assert (tuned.lr, tuned.warmup_steps, tuned.norm, tuned.backbone) == (0.01, 0, "frozen", "resnet18")
+    plain = parse_args([*settings[:2], "--model", "faster_rcnn"])
+    assert (plain.decouple, plain.freeze_at, plain.weight_decay) == (False, 2, 1e-4)
