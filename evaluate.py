@@ -47,7 +47,7 @@ from data import (
     read_image,
     resized_shape,
 )
-from defrcn import CLS_DROPOUT, POOL_SIZE, DeFRCN
+from defrcn import CLS_DROPOUT, DeFRCN
 from fcos import FCOS
 from fewshot import (
     Calibration,
@@ -140,7 +140,7 @@ def build_model(args: dict, num_classes: int) -> torch.nn.Module:
         shared.pop("fpn_channels")
         novel = args["stage"] == "novel"
         return DeFRCN(num_classes, decouple=args["decouple"], roi_grad_scale=args["roi_grad_scale"] or 0.0,
-                      pool_size=POOL_SIZE if args["model"] == "defrcn" else 2 * POOL_SIZE, freeze_res5=novel,
+                      pool_size=args["pool_size"], freeze_res5=novel,
                       cls_dropout=CLS_DROPOUT if novel and not args["cosine"] else 0.0, cosine=args["cosine"],
                       roi_samples=args["roi_samples"], post_nms_top_k=args["proposals"], **shared)
     return FSAF(num_classes, joint=args["fsaf_branch"] == "both", anchor_only=args["fsaf_branch"] == "anchor",

@@ -74,16 +74,17 @@ RECIPES = {
              "min_size": [800], "shapes": {"epochs": 2.5}},
     "defrcn": {"lr": 0.02, "weight_decay": 5e-5, "bias_lr": 1.0, "bias_decay": 2.0, "clip": 0.0,
                "warmup_steps": 1000, "warmup_factor": 1e-3, "norm": "frozen", "freeze_at": 3,
-               "min_size": [640, 672, 704, 736, 768, 800],
-               "shapes": {"epochs": 2, "min_size": [192], "max_size": 256, "roi_samples": 32,
-                          "proposals": [200, 100]}},
+               "min_size": [640, 672, 704, 736, 768, 800], "pool_size": 7,
+               "shapes": {"epochs": 1.5, "min_size": [160], "max_size": 214, "roi_samples": 32,
+                          "proposals": [200, 100], "pool_size": 4}},
 }
-RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay": 1.0, "freeze_at": 2}
+RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay": 1.0, "freeze_at": 2,
+                          "pool_size": 14}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0}  # DeFRCN's fine-tuning
 NOVEL_SHAPES = {"epochs": None, "max_steps": 300}
 # The arguments that say which model it is: a checkpoint decides them unless they are given again.
 MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "fsaf_branch", "ignore_scale",
-              "decouple", "cosine", "roi_samples", "proposals")
+              "decouple", "cosine", "pool_size", "roi_samples", "proposals")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes, on the built-in set and elsewhere; the recipe's own values win.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
@@ -122,6 +123,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "VOC 0.001)")
     model.add_argument("--roi-samples", type=int,
                        help="RoIs per image in training (default: 512; shapes: 32)")
+    model.add_argument("--pool-size", type=int,
+                       help="RoIAlign's grid (default: 7, Detectron's Faster R-CNN C4: 14; shapes: 4)")
     model.add_argument("--proposals", type=int, nargs=2, metavar=("TRAIN", "TEST"),
                        help="per image, after NMS (default: 2000 1000; shapes: 200 100)")
     model.add_argument("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
@@ -224,6 +227,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = RECIPES[args.model]
     toy = args.data == "shapes" and not args.train_json
     defaults = {**DEFAULTS, **{key: recipe[key] for key in ("min_size", "warmup_steps", "clip")},
+                "pool_size": recipe.get("pool_size"),
                 **(SHAPES_DEFAULTS | recipe["shapes"] if toy else {})}
     args.weights = args.weights or (defaults.get("weights") or args.backbone or defaults["backbone"])
     scratch = args.weights == "none" and not args.init
@@ -262,7 +266,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
     for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
-                 "max_steps", "epochs", "eval_every", "shots", "roi_samples"):
+                 "max_steps", "epochs", "eval_every", "shots", "roi_samples", "pool_size"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("min_size", "pad_to", "proposals"):
