@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import DataError, DetectionDataset
+from data import VOC_CLASSES, DataError, DetectionDataset, Shapes
 from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
 
 SHOTS = (1, 2, 3, 5, 10, 30)  # of the published lists: a list of K shots holds the one before
@@ -87,9 +87,15 @@ def novel_names(dataset: DetectionDataset, voc_split: int = 1, given: list[str] 
     base."""
     names = dataset.names
     if given is None:
-        given = (list(COCO_NOVEL) if set(COCO_NOVEL) < set(names) and len(names) == 80 else
-                 list(VOC_NOVEL[voc_split]) if dataset.voc and set(VOC_NOVEL[voc_split]) < set(names) else
-                 names[-2:])
+        if isinstance(dataset, Shapes):
+            given = names[-2:]
+        elif dataset.voc and set(VOC_CLASSES) == set(names):
+            given = VOC_NOVEL[voc_split]
+        elif len(names) == 80 and set(COCO_NOVEL) < set(names):
+            given = COCO_NOVEL
+        else:
+            raise DataError(f"which classes are novel? Say it with --novel-classes; the data have "
+                            f"{', '.join(names)}")
     unknown = [name for name in given if name not in names]
     if unknown:
         raise DataError(f"novel classes: the data have no {', '.join(unknown)}; they have {', '.join(names)}")

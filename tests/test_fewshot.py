@@ -159,6 +159,8 @@ def test_mistakes_are_named(tiny, tmp_path):
     train = coco(tiny)
     with pytest.raises(DataError, match="the data have no unicorn"):
         novel_names(train, given=["dog", "unicorn"])
+    with pytest.raises(DataError, match="which classes are novel"):
+        novel_names(keep_classes(train, ["dog", "cat"], drop_empty=True))
     with pytest.raises(DataError, match="leave at least one class"):
         novel_names(train, given=list(train.names))
     with pytest.raises(DataError, match="full_box_5shot_person_trainval.json does not exist"):
