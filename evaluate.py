@@ -47,7 +47,7 @@ from data import (
     read_image,
     resized_shape,
 )
-from defrcn import CLS_DROPOUT, DeFRCN
+from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN
 from fcos import FCOS
 from fewshot import (
     Calibration,
@@ -139,8 +139,9 @@ def build_model(args: dict, num_classes: int) -> torch.nn.Module:
     if args["model"] in ("defrcn", "faster_rcnn"):
         shared.pop("fpn_channels")
         novel = args["stage"] == "novel"
-        return DeFRCN(num_classes, decouple=args["decouple"], roi_grad_scale=args["roi_grad_scale"] or 0.0,
-                      pool_size=args["pool_size"], freeze_res5=novel,
+        return DeFRCN(num_classes, decouple=args["decouple"], rpn_grad_scale=args["rpn_grad_scale"],
+                      roi_grad_scale=ROI_GRAD_SCALE_BASE if args["roi_grad_scale"] is None else
+                      args["roi_grad_scale"], pool_size=args["pool_size"], freeze_res5=novel,
                       cls_dropout=CLS_DROPOUT if novel and not args["cosine"] else 0.0, cosine=args["cosine"],
                       roi_samples=args["roi_samples"], post_nms_top_k=args["proposals"], **shared)
     return FSAF(num_classes, joint=args["fsaf_branch"] == "both", anchor_only=args["fsaf_branch"] == "anchor",
@@ -502,8 +503,9 @@ def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, ba
 
 def describe_few_shot(args: dict) -> dict:
     """What metrics.json says of a few-shot run; args: train.py's."""
-    return {"novel": args["novel_classes"], **{key: args[key] for key in (
-        "stage", "data", "model", "decouple", "shots", "seed", "generalized")}}
+    return {"novel": args["novel_classes"],
+            "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
+            **{key: args[key] for key in ("stage", "data", "model", "shots", "seed", "generalized")}}
 
 
 def make_calibration(args: dict, weights: str, names: list[str], device,

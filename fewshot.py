@@ -382,6 +382,8 @@ class Calibration:
 
 # ---------------------------------------------------------------------------------------------- tables
 
+# Runs that differ in one of these are different rows; decouple: None, or the scales of RPN and RoI head.
+SETTING_KEYS = ("data", "model", "decouple", "generalized", "shots")
 TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")
 
 
@@ -411,14 +413,14 @@ def aggregate(runs: list[dict]) -> list[dict]:
     """
     groups = {}
     for run in runs:
-        if "few_shot" not in run:
-            raise DataError("a run without few-shot scores: --aggregate takes runs of --stage novel")
-        setting = {key: run["few_shot"][key] for key in ("data", "model", "generalized", "shots")}
-        groups.setdefault(json.dumps(setting, sort_keys=True), (setting, []))[1].append(run)
+        if run.get("few_shot", {}).get("stage") != "novel":
+            raise DataError("a run that is not of --stage novel: there is nothing to aggregate")
+        *words, shots = (run["few_shot"][key] for key in SETTING_KEYS)
+        groups.setdefault((*map(str, words), shots), []).append(run)
     rows = []
-    for setting, members in sorted(groups.values(), key=lambda g: (g[0]["data"], g[0]["model"],
-                                                                   g[0]["generalized"], g[0]["shots"])):
-        row = {**setting, "seeds": sorted(m["few_shot"]["seed"] for m in members)}
+    for _, members in sorted(groups.items()):
+        row = {key: members[0]["few_shot"][key] for key in SETTING_KEYS}
+        row["seeds"] = sorted(m["few_shot"]["seed"] for m in members)
         for key in TABLE_KEYS:
             values = [m["few_shot"].get(key) if key != "AP" else m["AP"] for m in members]
             if None not in values:
@@ -430,10 +432,12 @@ def aggregate(runs: list[dict]) -> list[dict]:
 def aggregate_table(rows: list[dict]) -> str:
     """Rows of `aggregate` as text, in percent."""
     keys = [key for key in TABLE_KEYS if any(key in row for row in rows)]
-    lines = [f"{'data':24} {'model':12} {'setting':6} shots runs  " + "  ".join(f"{key:>13}" for key in keys)]
+    lines = [f"{'data':24} {'model':12} {'scales':8} {'setting':7} shots runs  "
+             + "  ".join(f"{key:>13}" for key in keys)]
     for row in rows:
         cells = [f"{100 * row[key][0]:6.2f} ± {100 * row[key][1]:4.2f}" if key in row else "" for key in keys]
         setting = "gFSOD" if row["generalized"] else "FSOD"
-        lines.append(f"{row['data'][-24:]:24} {row['model']:12} {setting:6}  {row['shots']:5} "
+        scales = "{:g}, {:g}".format(*row["decouple"]) if row["decouple"] else "none"
+        lines.append(f"{row['data'][-24:]:24} {row['model']:12} {scales:8} {setting:7} {row['shots']:5} "
                      f"{len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)

@@ -40,6 +40,7 @@ from defrcn import (
     ROI_GRAD_SCALE_BASE,
     ROI_GRAD_SCALE_NOVEL,
     ROI_GRAD_SCALE_VOC,
+    RPN_GRAD_SCALE,
     Affine,
     DeFRCN,
     transfer_predictor,
@@ -81,7 +82,7 @@ RECIPES = {
 RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay": 1.0, "freeze_at": 2,
                           "pool_size": 14}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0}  # DeFRCN's fine-tuning
-NOVEL_SHAPES = {"epochs": None, "max_steps": 300}
+NOVEL_SHAPES = {"epochs": None, "max_steps": 200}
 # The arguments that say which model it is: a checkpoint decides them unless they are given again.
 MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "fsaf_branch", "ignore_scale",
               "decouple", "cosine", "pool_size", "roi_samples", "proposals")
@@ -118,6 +119,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--no-decouple", action="store_false", dest="decouple",
                        help="DeFRCN without its gradient decoupled layers")
     model.add_argument("--cosine", action="store_true", help="DeFRCN with TFA's cosine classifier")
+    model.add_argument("--rpn-grad-scale", type=float, default=RPN_GRAD_SCALE,
+                       help="DeFRCN: gradient from RPN to backbone (default: 0)")
     model.add_argument("--roi-grad-scale", type=float,
                        help="DeFRCN: gradient from RoI head to backbone (default: 0.75; novel stage: 0.01, "
                             "VOC 0.001)")

@@ -194,6 +194,7 @@ def test_published_schedules():
 
 def run_of(seed, n_ap, shots=1):
     return {"AP": 0.5, "few_shot": {"data": "coco", "model": "defrcn", "generalized": False, "shots": shots,
+                                    "decouple": [0.0, 0.01], "stage": "novel",
                                     "seed": seed, "nAP": n_ap, "nAP50": 0.2, "nAP75": None, "bAP": None,
                                     "bAP50": None}}
 
@@ -206,8 +207,8 @@ def test_the_table_gives_mean_and_interval():
     assert rows[0]["nAP"] == pytest.approx([0.13, 1.96 * (26 / 3) ** 0.5 / 3 ** 0.5 / 100])
     assert rows[1]["nAP"] == [0.3, 0.0] and "nAP75" not in rows[0] and "bAP" not in rows[0]
     table = aggregate_table(rows)
-    assert " 13.00 ± 3.33" in table and "FSOD" in table and "bAP" not in table
-    with pytest.raises(DataError, match="without few-shot scores"):
+    assert " 13.00 ± 3.33" in table and "FSOD" in table and "0, 0.01" in table and "bAP" not in table
+    with pytest.raises(DataError, match="not of --stage novel"):
         aggregate([{"AP": 0.5}])
 
 
