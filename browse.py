@@ -79,7 +79,7 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
 @torch.no_grad()
 def draw_levels(model: FSAF, dataset: DetectionDataset, index: int, min_size: int,
                 max_size: int) -> tuple[Image.Image, list[tuple[int, float]]]:
-    """One image with the level that each object chooses (FSAF Sec. 3.3), and its (level, side in px) pairs.
+    """One image with the level that each object chooses, and its (level, side in px) pairs.
 
     An object without an effective cell on any level, which cannot be learned, has level -1 and is not drawn.
     """

@@ -242,7 +242,7 @@ def sample_rois(proposals: Tensor, real: Tensor, gt_boxes: Tensor, gt_labels: Te
 
 
 class CosineClassifier(nn.Module):
-    """Scores from the angle between a feature and a weight per class (TFA, arXiv 2003.06957, Sec. 3.2).
+    """Scores from the angle between a feature and a weight per class (TFA, arXiv 2003.06957).
 
     forward: (R, D) -> (R, outputs), COSINE_SCALE times the cosine.
     """

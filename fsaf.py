@@ -45,8 +45,8 @@ PRIOR_PROB = 0.01  # score of every class at the start (RetinaNet, Sec. 3.3)
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 # ---- anchor-free branch
-EFFECTIVE_SCALE = 0.2  # epsilon_e: side of the effective region over the box's, Sec. 3.2
-IGNORE_SCALE_JOINT = 0.5  # epsilon_i: likewise of the ignore region, Sec. 3.2
+EFFECTIVE_SCALE = 0.2  # epsilon_e: side of the effective region over the box's
+IGNORE_SCALE_JOINT = 0.5  # epsilon_i: likewise of the ignore region
 # DIFFERS: the paper has an ignore ring in every form. mmdetection's best anchor-free model has none: ignore
 # scale = effective scale (R-50: 37.4 AP, with the ring 36.0).
 IGNORE_SCALE = 0.2
@@ -54,12 +54,12 @@ CROWD_SCALE = 0.5  # of a crowd region, the part in which nothing is learned (mm
 # DIFFERS: share of a cell's square that a region must cover, as in mmdetection: a large cell that touches the
 # region counts. In the paper the cells inside the projected region do.
 MIN_COVERED = 0.01
-NORMALIZER = 4.0  # S: the unit of the predicted distances, in strides, Sec. 3.2
+NORMALIZER = 4.0  # S: the unit of the predicted distances, in strides
 # DIFFERS: mmdetection's start; the paper's is 0.1.
 INITIAL_DISTANCE = 0.25
 MIN_DISTANCE = 1e-4  # in training: with one side 0 the IoU is 0, and no other side has a gradient
 NO_LOSS = 1e6  # stands for the loss of an object on a level where it has no effective cell
-LAMBDA = 0.5  # weight of the anchor-free branch in the joint form, Sec. 3.4
+LAMBDA = 0.5  # weight of the anchor-free branch in the joint form
 DIVISOR = 32  # an image's own padded size, like a batch's, is a multiple of this; cells beyond do not learn
 
 # ---- anchor-based branch (RetinaNet)
@@ -78,7 +78,7 @@ MAX_DETECTIONS = 100
 # ---------------------------------------------------------------------------------------------- head
 
 class FSAFHead(nn.Module):
-    """RetinaNet's two towers, shared by all levels, and two predictors for each branch (Sec. 3.1, Fig. 4).
+    """RetinaNet's two towers, shared by all levels, and two predictors for each branch.
 
     forward: L features (B, channels, H, W) -> dict of float32: for the anchor-free branch "logits" (B, P, C)
     and "tblr" (B, P, 4) >= 0, distances to the top, bottom, left and right side in NORMALIZER strides; for
@@ -185,14 +185,13 @@ class FreeTargets(NamedTuple):
 @torch.no_grad()
 def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: Tensor, inside: Tensor,
                  effective_scale: float = EFFECTIVE_SCALE, ignore_scale: float = IGNORE_SCALE) -> FreeTargets:
-    """Effective and ignore regions of every object on every level (Sec. 3.2).
+    """Effective and ignore regions of every object on every level.
 
     The regions are the box shrunk around its centre. A point stands for the square of side `stride` around
     it, and belongs to a region that covers MIN_COVERED of this square; to be effective it must lie strictly
     inside the box, too. An object may thus have no effective point, always if it is under STRIDES[0] / 2 px.
-    Where effective regions overlap the smallest box wins (of equal ones the first), and
-    for the others the point is ignored. A point that is to be ignored for the class it should learn is not
-    positive.
+    Where effective regions overlap the smallest box wins (of equal ones the first), and for the others the
+    point is ignored. A point that is to be ignored for the class it should learn is not positive.
 
     points (P, 2), strides (P,): from `image_points`; gt_boxes (G, 4) px, gt_labels (G,) int64, -1 = padding,
     -2 = crowd; inside: (P,) bool, points of the padded image itself. G may be 0.
@@ -311,7 +310,7 @@ def select_level(mean_loss: Tensor) -> Tensor:
 
 def fsaf_losses(logits: Tensor, boxes: Tensor, targets: FreeTargets, gt_boxes: Tensor, gt_labels: Tensor,
                 level_sizes: list[int], ignore_adjacent: bool = False) -> dict[str, Tensor]:
-    """Losses of the anchor-free branch, every object on the level that suits it best now (Sec. 3.3, 3.4).
+    """Losses of the anchor-free branch, every object on the level that suits it best now.
 
     Arguments as in `level_losses`. ignore_adjacent: the paper's rule for the other levels, see below.
     Without positives "box" is 0, with a graph. Returns {"cls", "box"}, each () float32.
@@ -465,7 +464,7 @@ class FSAF(nn.Module):
         return outputs["logits"], boxes, targets, gt_boxes, gt_labels, level_sizes
 
     def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Both branches' best pairs of every level, one class-wise NMS for all (Sec. 3.5)."""
+        """Both branches' best pairs of every level, one class-wise NMS for all."""
         level_sizes = [height * width for height, width in outputs["shapes"]]
         branches = []  # logits (B, rows, C), boxes (B, rows, 4), rows per level
         if self.head.free:
