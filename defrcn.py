@@ -450,7 +450,9 @@ def transfer_predictor(own: dict[str, Tensor], state: dict[str, Tensor], old_nam
     entries = {key: value.clone() for key, value in own.items() if key.startswith("predictor.")}
     old = [old_names.index(name) for name in new_names if name in old_names]
     new = [i for i, name in enumerate(new_names) if name in old_names]
-    for key, value in entries.items() if old else ():
+    for key, value in entries.items():
+        if not old or key not in state:  # the cosine classifier has no bias
+            continue
         background = key.startswith("predictor.cls_score.")
         theirs = state[key].unflatten(0, (len(old_names) + background, -1))
         mine = value.unflatten(0, (len(new_names) + background, -1))  # a view

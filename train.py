@@ -2,6 +2,8 @@
 
     python train.py --model fcos                              built-in shapes, minutes on a laptop CPU
     python train.py --model fsaf --fsaf-joint                 likewise: FSAF and RetinaNet's branch together
+    python train.py --model defrcn --stage base               few-shot: first the base classes, then
+    python train.py --model defrcn --stage novel --shots 10 --init runs/defrcn_base/last.pth
     python train.py --data coco --micro-batch 4               COCO on one GPU: 16 images a step, 4 at a time
     torchrun --nproc_per_node 8 train.py --data coco          COCO on 8 GPUs, 2 images each
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data coco
@@ -364,11 +366,13 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
     replaced = [key for key in own if key.startswith(of_classes) and checkpoint["names"] != list(names)]
     wrong = [key for key in own
              if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
-    if wrong or set(state) - set(own):
+    unknown = {key for key in set(state) - set(own) if not (replaced and key.startswith(of_classes))}
+    if wrong or unknown:
         trained = ", ".join(f"{key} {checkpoint['args'].get(key)}" for key in MODEL_ARGS)
         raise WeightsError(f"{path}: not this model (different in "
-                           f"{(wrong or sorted(set(state) - set(own)))[:3]}); it was trained with {trained}")
-    model.load_state_dict({**own, **{key: value for key, value in state.items() if key not in replaced}})
+                           f"{(wrong or sorted(unknown))[:3]}); it was trained with {trained}")
+    model.load_state_dict({**own, **{key: value for key, value in state.items()
+                                     if key in own and key not in replaced}})
     if replaced and isinstance(model, DeFRCN):
         model.load_state_dict(transfer_predictor(own, state, checkpoint["names"], list(names)), strict=False)
         kept = [name for name in names if name in checkpoint["names"]]

@@ -6,9 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers import GOLDEN
+from PIL import Image
 
-from data import DataError, open_dataset
+import fewshot
+from data import DataError, DetectionDataset, open_dataset
 from fewshot import (
     aggregate,
     aggregate_table,
@@ -218,3 +221,46 @@ def test_novel_and_base_scores_are_means_over_their_classes():
     scores = few_shot_scores(metrics, ["b", "c", "d"])
     assert scores["nAP"] == pytest.approx(0.65) and scores["bAP50"] == pytest.approx(0.2)
     assert few_shot_scores(metrics, list(per_class))["bAP"] is None
+
+
+# ---------------------------------------------------------------------------- calibration of a results file
+
+class MeanColour(torch.nn.Module):
+    """Stands in for the ImageNet classifier: a box is described by the mean colour inside it."""
+
+    def __init__(self, weights):
+        super().__init__()
+
+    def forward(self, image, boxes):
+        rows = [image[:, int(y1):int(y2), int(x1):int(x2)].float().mean(dim=(1, 2))
+                for x1, y1, x2, y2 in boxes.tolist()]
+        return torch.stack(rows)
+
+
+def coloured(names, boxes, classes, colours):
+    """One grey 40 x 40 picture with coloured boxes, as a dataset."""
+    picture = np.full((40, 40, 3), 100, np.uint8)
+    for (x1, y1, x2, y2), colour in zip(boxes, colours):
+        picture[y1:y2, x1:x2] = colour
+    none = np.zeros(len(boxes), bool)
+    dataset = DetectionDataset(names, [5, 90], [7], ["x.png"], [(40, 40)], boxes, classes,
+                               np.full(len(boxes), 100), none, none, [0] * len(boxes))
+    dataset.image = lambda index: Image.fromarray(picture)
+    return dataset
+
+
+def test_scores_of_novel_classes_meet_their_prototypes(monkeypatch):
+    monkeypatch.setattr(fewshot, "CalibrationNet", MeanColour)
+    red, green = (200, 0, 0), (0, 200, 0)
+    boxes = [[0, 0, 10, 10], [20, 20, 30, 30]]
+    support = coloured(["a", "b"], boxes, [0, 1], [red, green])
+    calibration = fewshot.Calibration("file", support, ["a"], "cpu")
+    # Class a is red. Found: a red and a green "a", a green "b" (base), one below the window.
+    found = [{"image_id": 7, "category_id": category, "bbox": [x, x, 10, 10], "score": score}
+             for category, x, score in ((5, 0, 0.4), (5, 20, 0.9), (90, 20, 0.6), (5, 0, 0.05))]
+    test = coloured(["a", "b"], boxes, [0, 1], [red, green])
+    new = calibration(test, found)
+    # Cosines 1 and 0: 0.5 * 0.4 + 0.5 = 0.7 and 0.5 * 0.9 = 0.45; the others keep their scores.
+    assert [(r["category_id"], r["bbox"][0], r["score"]) for r in new] == [
+        (5, 0, 0.7), (90, 20, 0.6), (5, 20, 0.45), (5, 0, 0.05)]
+    assert calibration(test, []) == []
