@@ -288,6 +288,7 @@ def roi_losses(logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor,
     """
     num_classes = deltas.shape[1]
     sampled, positive = labels >= 0, (labels >= 0) & (labels < num_classes)
+    # DIFFERS: the mean over ranks, for N ranks to equal one; detectron2 divides by each rank's own count.
     count = mean_over_ranks(sampled.sum().float()).clamp(min=1)
     cls_loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
     # Other RoIs have a unit box for RoI and target: its logarithms are finite.

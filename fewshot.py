@@ -141,6 +141,7 @@ def sample_coco(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], l
                     misses = 0
                     if len(boxes) == shots:
                         break
+            # DIFFERS: TFA takes whole images only, and does not end where none fits.
             left = [image for image in images if image not in taken]
             if len(boxes) < shots and left:
                 image = rng.choice(left)
@@ -208,6 +209,8 @@ def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int,
                 _write_list(_list_path(folder, source, name, shots), source, rows_of[name])
             origin = f"sampled, lists in {folder}"
     if source.voc:
+        # DIFFERS: seeded. The official code draws the K of more boxes with numpy's global state, unseeded, and
+        # again for the calibration, which may then see other shots.
         rng = random.Random(seed)
         rows_of = {name: rng.sample(rows, min(shots, len(rows))) for name, rows in rows_of.items()}
     image_of_box = np.repeat(np.arange(len(source)), np.diff(source.first))
