@@ -209,8 +209,8 @@ def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int,
                 _write_list(_list_path(folder, source, name, shots), source, rows_of[name])
             origin = f"sampled, lists in {folder}"
     if source.voc:
-        # DIFFERS: seeded. The official code draws the K of more boxes with numpy's global state, unseeded, and
-        # again for the calibration, which may then see other shots.
+        # DIFFERS: seeded. The official code draws the K of more boxes with numpy's global state, unseeded,
+        # and again for the calibration, which may then see other shots.
         rng = random.Random(seed)
         rows_of = {name: rng.sample(rows, min(shots, len(rows))) for name, rows in rows_of.items()}
     image_of_box = np.repeat(np.arange(len(source)), np.diff(source.first))
