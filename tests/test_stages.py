@@ -27,6 +27,7 @@ def base(tmp_path_factory):
     return folder / "last.pth"
 
 
+@pytest.mark.slow
 def test_fine_tuning_scores_and_table(base, script, tmp_path):
     for seed in (0, 1):
         code, out, err = script(*TINY, "--stage", "novel", "--shots", 1, "--seed", seed, "--init", base,
@@ -55,6 +56,7 @@ def test_fine_tuning_scores_and_table(base, script, tmp_path):
     assert json.loads((tmp_path / "table" / "aggregate.json").read_text())[0]["seeds"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_generalized_fine_tuning_keeps_the_base_rows(base, script, tmp_path):
     words = ("--stage", "novel", "--generalized", "--shots", 1, "--init", base)
     code, out, err = script(*TINY, *words, "--save-init", "surgery.pth")
