@@ -142,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="batch norm of the backbone: fixed, trained scale, ordinary "
                             "(default: batch from scratch, else frozen for fcos, affine for fsaf)")
     model.add_argument("--freeze-at", type=int,
-                       help="stages that do not train (default: 2 with --weights, else 0)")
+                       help="stages that do not train (default: 2, defrcn 3; 0 from scratch)")
     model.add_argument("--fpn-channels", type=int, help="default: 256 (shapes: 64)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", help="'shapes' or a folder in COCO or VOC layout")
@@ -192,10 +192,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--epochs", type=float,
                        help="length instead of the schedule's; lr drops at the same fractions")
     optim.add_argument("--max-steps", type=int, help="length in steps, likewise")
-    optim.add_argument("--warmup-steps", type=int, help="default: 500 or a tenth of the run (shapes: 50)")
-    optim.add_argument("--weight-decay", type=float, help="default: 0.0001; adamw: 0.05")
+    optim.add_argument("--warmup-steps", type=int,
+                       help="default: 500, defrcn's base stage 1000, or a tenth of the run (shapes: 50)")
+    optim.add_argument("--weight-decay", type=float,
+                       help="default: 0.0001; defrcn: 0.00005; adamw: 0.05")
     optim.add_argument("--clip", type=float,
-                       help="limit of the gradient's L2 norm, 0 = none (default: fcos 35, fsaf 10)")
+                       help="limit of the gradient's L2 norm, 0 = none (default: fcos 35, fsaf 10, defrcn 0)")
     optim.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     optim.add_argument("--loss-scale", default="dynamic", help="for fp16: dynamic or a number")
     run = parser.add_argument_group("run")
