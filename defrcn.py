@@ -5,7 +5,7 @@ fine-tuned on novel classes with K boxes each. Three ideas, each in a place of i
 
     scale_gradient, Affine   the gradient decoupled layer: RPN and RoI head see the same features through an
                              affine layer of their own, and what they send back to the backbone is scaled
-    RoIHead                  which layers train in the fine-tuning; dropout in front of the classifier
+    Predictor, freeze_res5   what trains in the fine-tuning; dropout in front of the classifier
     calibrate                the prototypical calibration block: scores mixed with the similarity of a
                              detection to the mean of its class's shots, in the eyes of an ImageNet classifier
 
@@ -445,15 +445,14 @@ def transfer_predictor(own: dict[str, Tensor], state: dict[str, Tensor], old_nam
     """The predictor for other classes than a checkpoint's ("surgery"), row by row, by class name.
 
     own, state: state_dicts of the new model and of the checkpoint. Classes that both know, and background,
-    keep their rows; the others are drawn anew. Without a common class all is as in `own`. Returns the
-    entries "predictor.*" of a state_dict.
+    keep their rows; the others are drawn anew. Without a common class, or where only one of the two has a
+    cosine classifier, all is as in `own`. Returns the entries "predictor.*" of a state_dict.
     """
     entries = {key: value.clone() for key, value in own.items() if key.startswith("predictor.")}
     old = [old_names.index(name) for name in new_names if name in old_names]
     new = [i for i, name in enumerate(new_names) if name in old_names]
-    for key, value in entries.items():
-        if not old or key not in state:  # the cosine classifier has no bias
-            continue
+    alike = set(entries) == {key for key in state if key.startswith("predictor.")}
+    for key, value in entries.items() if old and alike else ():
         background = key.startswith("predictor.cls_score.")
         theirs = state[key].unflatten(0, (len(old_names) + background, -1))
         mine = value.unflatten(0, (len(new_names) + background, -1))  # a view

@@ -138,7 +138,7 @@ def build_model(args: dict, num_classes: int) -> torch.nn.Module:
         return FCOS(num_classes, original=args["original"], **shared)
     if args["model"] in ("defrcn", "faster_rcnn"):
         shared.pop("fpn_channels")
-        novel = args["stage"] == "novel"
+        novel = args["stage"] == "novel" and args["model"] == "defrcn"
         return DeFRCN(num_classes, decouple=args["decouple"], rpn_grad_scale=args["rpn_grad_scale"],
                       roi_grad_scale=ROI_GRAD_SCALE_BASE if args["roi_grad_scale"] is None else
                       args["roi_grad_scale"], pool_size=args["pool_size"], freeze_res5=novel,
@@ -491,7 +491,8 @@ def evaluate(model, dataset, device, out: Path, min_size: int, max_size: int, ba
     if few_shot:
         for part in filter(None, (metrics.get("before_calibration"), metrics)):
             scores = few_shot_scores(part, few_shot["novel"])
-            part["few_shot"] = {**few_shot, **scores}
+            calibrated = part is metrics and calibration is not None
+            part["few_shot"] = {**few_shot, "calibrated": calibrated, **scores}
             print("before calibration: " * (part is not metrics)
                   + "  ".join(f"{key} {_shown(value)}" for key, value in scores.items()))
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in timing.items()}
@@ -505,26 +506,23 @@ def describe_few_shot(args: dict) -> dict:
     """What metrics.json says of a few-shot run; args: train.py's."""
     return {"novel": args["novel_classes"],
             "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
-            **{key: args[key] for key in ("stage", "data", "model", "shots", "seed", "generalized")}}
+            **{key: args[key] for key in ("stage", "data", "model", "backbone", "cosine", "shots", "seed",
+                                          "generalized")}}
 
 
 def make_calibration(args: dict, weights: str, names: list[str], device,
                      source: DetectionDataset | None = None) -> Calibration | None:
-    """The prototypical calibration of a run of the novel stage, from its shots; None, with the reason
-    printed, where there is none: in the base stage, for Faster R-CNN, without the ImageNet classifier.
+    """The prototypical calibration of a run of the novel stage, from its shots; None in the base stage, for
+    Faster R-CNN, and where weights is "none".
 
-    args: train.py's. source: its training split with all classes, opened again if None.
+    args: train.py's. source: its training split with all classes, opened again if None. Raises WeightsError.
     """
     if args["stage"] != "novel" or args["model"] != "defrcn" or weights == "none":
         return None
     if source is None:
         source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
     support = shot_view(source, names, args["shots"], args["seed"], lists_folder(args, source.voc), None)
-    try:
-        return Calibration(weights, support, args["novel_classes"], device)
-    except WeightsError as error:
-        print(f"no prototypical calibration, the scores stay plain: {error} (here: --pcb-weights FILE)")
-        return None
+    return Calibration(weights, support, args["novel_classes"], device)
 
 
 def read_metrics(folder: Path) -> dict:

@@ -108,6 +108,10 @@ def novel_names(dataset: DetectionDataset, voc_split: int = 1, given: list[str] 
 def keep_classes(dataset: DetectionDataset, names: list[str], drop_empty: bool) -> View:
     """The images with the objects of these classes only. drop_empty: without the images that then have
     nothing to learn (a crowd is nothing), as the base stage trains; scoring keeps them."""
+    missing = [name for name in names if name not in dataset.names]
+    if missing:
+        raise DataError(f"the data lack the classes {', '.join(missing)}; they have "
+                        f"{', '.join(dataset.names)}")
     wanted = np.isin(dataset.classes, [dataset.names.index(name) for name in names])
     rows = [np.arange(dataset.first[i], dataset.first[i + 1]) for i in range(len(dataset))]
     rows = [record[wanted[record]] for record in rows]
@@ -144,9 +148,11 @@ def sample_coco(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], l
             # DIFFERS: TFA takes whole images only, and does not end where none fits.
             left = [image for image in images if image not in taken]
             if len(boxes) < shots and left:
-                image = rng.choice(left)
-                taken.add(image)
-                boxes += images[image][:shots - len(boxes)]
+                image, missing = rng.choice(left), shots - len(boxes)
+                boxes += images[image][:missing]
+                images = {**images, image: images[image][missing:]}
+                if not images[image]:
+                    taken.add(image)
             if len(boxes) < shots:
                 break
             lists[name, shots] = list(boxes)
@@ -177,8 +183,10 @@ def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], li
 
 
 def lists_folder(args: dict, voc: bool) -> Path | None:
-    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place; None if there are none."""
+    """Where the lists for train.py's arguments are: --shot-lists, or TFA's place; None: to be sampled."""
     if args["shot_lists"]:
+        if str(args["shot_lists"]) == "none":
+            return None
         if not Path(args["shot_lists"]).is_dir():
             raise DataError(f"--shot-lists {args['shot_lists']}: there is no such folder")
         return Path(args["shot_lists"])
@@ -201,25 +209,28 @@ def shot_view(source: DetectionDataset, names: list[str], shots: int, seed: int,
         rows_of = _read_lists(lists / f"seed{seed}", source, names, shots)
         origin = f"read from {lists / f'seed{seed}'}"
     else:
-        rows_of = _sample_lists(source, names, shots, seed)
+        rows_of, images_of = _sample_lists(source, names, shots, seed)
         origin = "sampled"
         if save_to:
             folder = save_to / ("vocsplit" if source.voc else "cocosplit") / f"seed{seed}"
             for name in names:
-                _write_list(_list_path(folder, source, name, shots), source, rows_of[name])
+                _write_list(_list_path(folder, source, name, shots), source, rows_of[name], images_of[name])
             origin = f"sampled, lists in {folder}"
     if source.voc:
         # DIFFERS: seeded. The official code draws the K of more boxes with numpy's global state, unseeded,
         # and again for the calibration, which may then see other shots.
         rng = random.Random(seed)
         rows_of = {name: rng.sample(rows, min(shots, len(rows))) for name, rows in rows_of.items()}
+    empty = [name for name, found in rows_of.items() if not found]
+    if empty:
+        raise DataError(f"the list of {shots} shots of {', '.join(empty)} holds no box ({origin})")
     image_of_box = np.repeat(np.arange(len(source)), np.diff(source.first))
-    records = {}  # VOC: a record per shot, else per image
-    for name in names:
-        for row in rows_of[name]:
-            image = int(image_of_box[row])
-            records.setdefault((image, row) if source.voc else image, (image, []))[1].append(row)
-    images, rows = zip(*records.values())
+    shot_rows = [row for name in names for row in rows_of[name]]
+    if source.voc:  # a record per shot
+        images, rows = image_of_box[shot_rows].tolist(), [[row] for row in shot_rows]
+    else:  # a record per image
+        images = list(dict.fromkeys(image_of_box[shot_rows].tolist()))
+        rows = [[row for row in shot_rows if image_of_box[row] == image] for image in images]
     view = View(source, images, rows, names)
     view.notes = [f"{shots} shots per class, seed {seed}, {origin}: {sum(map(len, rows))} boxes in "
                   f"{len(set(images))} images"]
@@ -231,11 +242,13 @@ def _read_lists(folder: Path, source: DetectionDataset, names: list[str], shots:
     missing = [path for path in paths.values() if not path.is_file()]
     if missing:
         raise DataError(f"{missing[0]} does not exist ({len(missing)} of {len(names)} lists are missing): "
-                        f"take another --shots or --seed, or another folder with --shot-lists")
+                        f"take another --shots or --seed, another folder with --shot-lists, or sample with "
+                        f"--shot-lists none")
     return {name: _read_list(path, source, name) for name, path in paths.items()}
 
 
-def _sample_lists(source: DetectionDataset, names: list[str], shots: int, seed: int) -> dict[str, list[int]]:
+def _sample_lists(source: DetectionDataset, names: list[str], shots: int, seed: int):
+    """Rows of the boxes, and indices of the images as drawn, of every class: two dicts."""
     every = _boxes_by_class(source)
     lists = (sample_voc if source.voc else sample_coco)(every, seed)
     for name in names:
@@ -245,8 +258,12 @@ def _sample_lists(source: DetectionDataset, names: list[str], shots: int, seed: 
             raise DataError(f"class {name}: {shots} shots cannot be drawn from its {boxes} boxes in {images} "
                             f"images (possible --shots: {possible})")
     if source.voc:
-        return {name: [row for image in lists[name, shots] for row in every[name][image]] for name in names}
-    return {name: lists[name, shots] for name in names}
+        images_of = {name: lists[name, shots] for name in names}
+        return {name: [row for i in images for row in every[name][i]]
+                for name, images in images_of.items()}, images_of
+    image_of_box = np.repeat(np.arange(len(source)), np.diff(source.first))
+    rows = {name: lists[name, shots] for name in names}
+    return rows, {name: list(dict.fromkeys(image_of_box[found].tolist())) for name, found in rows.items()}
 
 
 def _boxes_by_class(dataset: DetectionDataset) -> dict[str, dict[int, list[int]]]:
@@ -300,10 +317,9 @@ def _read_list(path: Path, source: DetectionDataset, name: str) -> list[int]:
         raise DataError(f"{path}: not a list of shots ({error})") from error
 
 
-def _write_list(path: Path, source: DetectionDataset, rows: list[int]):
+def _write_list(path: Path, source: DetectionDataset, rows: list[int], images: list[int]):
     path.parent.mkdir(parents=True, exist_ok=True)
     image_of_box = np.repeat(np.arange(len(source)), np.diff(source.first))
-    images = list(dict.fromkeys(int(image_of_box[row]) for row in rows))
     if source.voc:
         lines = [os.fsdecode(source.paths[i]) for i in images]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -386,7 +402,8 @@ class Calibration:
 # ---------------------------------------------------------------------------------------------- tables
 
 # Runs that differ in one of these are different rows; decouple: None, or the scales of RPN and RoI head.
-SETTING_KEYS = ("data", "model", "decouple", "generalized", "shots")
+SETTING_KEYS = ("data", "novel", "model", "backbone", "cosine", "decouple", "calibrated", "generalized",
+                "shots")
 TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")
 
 
@@ -416,7 +433,7 @@ def aggregate(runs: list[dict]) -> list[dict]:
     """
     groups = {}
     for run in runs:
-        if run.get("few_shot", {}).get("stage") != "novel":
+        if not isinstance(run, dict) or run.get("few_shot", {}).get("stage") != "novel":
             raise DataError("a run that is not of --stage novel: there is nothing to aggregate")
         *words, shots = (run["few_shot"][key] for key in SETTING_KEYS)
         groups.setdefault((*map(str, words), shots), []).append(run)
@@ -424,6 +441,9 @@ def aggregate(runs: list[dict]) -> list[dict]:
     for _, members in sorted(groups.items()):
         row = {key: members[0]["few_shot"][key] for key in SETTING_KEYS}
         row["seeds"] = sorted(m["few_shot"]["seed"] for m in members)
+        if len(set(row["seeds"])) < len(members):
+            raise DataError(f"several runs of {row['model']} with {row['shots']} shots have the same seed: "
+                            f"{row['seeds']}")
         for key in TABLE_KEYS:
             values = [m["few_shot"].get(key) if key != "AP" else m["AP"] for m in members]
             if None not in values:
@@ -435,12 +455,13 @@ def aggregate(runs: list[dict]) -> list[dict]:
 def aggregate_table(rows: list[dict]) -> str:
     """Rows of `aggregate` as text, in percent."""
     keys = [key for key in TABLE_KEYS if any(key in row for row in rows)]
-    lines = [f"{'data':24} {'model':12} {'scales':8} {'setting':7} shots runs  "
+    lines = [f"{'data':16} {'novel':20} {'model':12} {'scales':8} {'setting':7} shots runs  "
              + "  ".join(f"{key:>13}" for key in keys)]
     for row in rows:
         cells = [f"{100 * row[key][0]:6.2f} ± {100 * row[key][1]:4.2f}" if key in row else "" for key in keys]
         setting = "gFSOD" if row["generalized"] else "FSOD"
         scales = "{:g}, {:g}".format(*row["decouple"]) if row["decouple"] else "none"
-        lines.append(f"{row['data'][-24:]:24} {row['model']:12} {scales:8} {setting:7} {row['shots']:5} "
-                     f"{len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells))
+        lines.append(f"{row['data'][-16:]:16} {','.join(row['novel'])[:20]:20} {row['model']:12} {scales:8} "
+                     f"{setting:7} {row['shots']:5} {len(row['seeds']):4}  "
+                     + "  ".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from backbone import ARCHITECTURES, WeightsError, imagenet_file, load_imagenet
+from backbone import ARCHITECTURES, WeightsError, load_imagenet
 from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
 from defrcn import (
     ROI_GRAD_SCALE_BASE,
@@ -44,6 +44,7 @@ from defrcn import (
     ROI_GRAD_SCALE_VOC,
     RPN_GRAD_SCALE,
     Affine,
+    CalibrationNet,
     DeFRCN,
     transfer_predictor,
 )
@@ -167,11 +168,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     few.add_argument("--shots", type=int,
                      help="K, boxes per class of the novel stage; --seed chooses the list")
     few.add_argument("--generalized", action="store_true", help="novel stage on K shots of all classes")
-    few.add_argument("--novel-classes", type=lambda text: text.split(","), metavar="NAME,NAME",
+    few.add_argument("--novel-classes", metavar="NAME,NAME",
+                     type=lambda text: [name.strip() for name in text.split(",")],
                      help="default: COCO's published 20, VOC's 5 of --voc-split, the last two of shapes")
     few.add_argument("--voc-split", type=int, default=1, choices=(1, 2, 3), help="VOC's published splits")
     few.add_argument("--shot-lists", type=Path,
-                     help="folder of published lists (default: cocosplit or vocsplit beside the data)")
+                     help="folder of published lists, or none to sample (default: cocosplit or vocsplit "
+                          "beside the data, if there)")
     few.add_argument("--pcb-weights",
                      help="ImageNet ResNet-101 of the calibration: a file, none, or resnet101 for "
                           "torchvision's (default; shapes: none)")
@@ -368,6 +371,7 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
     replaced = [key for key in own if key.startswith(of_classes) and checkpoint["names"] != list(names)]
     wrong = [key for key in own
              if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
+    unlike = {key for key in set(state) ^ set(own) if key.startswith("predictor.")}  # cosine or not
     unknown = {key for key in set(state) - set(own) if not (replaced and key.startswith(of_classes))}
     if wrong or unknown:
         trained = ", ".join(f"{key} {checkpoint['args'].get(key)}" for key in MODEL_ARGS)
@@ -377,7 +381,7 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
                                      if key in own and key not in replaced}})
     if replaced and isinstance(model, DeFRCN):
         model.load_state_dict(transfer_predictor(own, state, checkpoint["names"], list(names)), strict=False)
-        kept = [name for name in names if name in checkpoint["names"]]
+        kept = [name for name in names if name in checkpoint["names"] and not unlike]
         say(f"{path} knows {len(checkpoint['names'])} classes: the predictor keeps the rows of "
             f"{', '.join([*kept, 'background']) if kept else 'none'}, new are "
             f"{', '.join(name for name in names if name not in kept) or 'none'}")
@@ -424,6 +428,8 @@ def main():
     say = print if rank == 0 else lambda *_: None
     say(environment(device, world))
     make_folder(args.out)
+    if args.save_init:
+        make_folder(args.save_init.parent)
 
     # ---- batch
     if args.batch_size % world:
@@ -443,15 +449,21 @@ def main():
         val_set = open_dataset(args.data, args.val_split, args.val_json, args.val_images, train_set.names)
     if args.stage:
         args.novel_classes = novel_names(train_set, args.voc_split, args.novel_classes)
+        if args.stage == "novel" and args.init:
+            base = read_checkpoint(args.init)
+            seen = set(args.novel_classes) & set(base["names"])
+            if seen and base["args"].get("stage") == "base":
+                raise DataError(f"{args.init} was trained on {', '.join(sorted(seen))} as base classes: they "
+                                f"cannot be novel (its own: {', '.join(base['args']['novel_classes'])})")
         learned = {"base": [name for name in train_set.names if name not in args.novel_classes],
                    "novel": train_set.names if args.generalized else args.novel_classes}[args.stage]
         say(f"{args.stage} stage: {', '.join(learned)} (novel classes: {', '.join(args.novel_classes)})")
         val_set = val_set and keep_classes(val_set, learned, drop_empty=False)
         if args.stage == "novel" and args.model == "defrcn" and args.pcb_weights != "none":
             try:
-                imagenet_file(args.pcb_weights)
+                CalibrationNet(args.pcb_weights)  # now, and not after the training
             except WeightsError as error:
-                if args.pcb_weights not in ARCHITECTURES:  # a file that was asked for
+                if args.pcb_weights != "resnet101":  # a file that was asked for
                     raise
                 say(f"no prototypical calibration, scores will stay plain (--pcb-weights FILE): {error}")
                 args.pcb_weights = "none"
@@ -527,7 +539,7 @@ def main():
     if args.resume:
         path = args.resume
         checkpoint = read_checkpoint(path)
-        for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at"):
+        for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at", "stage", "shots", "generalized"):
             if key in checkpoint["args"] and settings[key] != checkpoint["args"][key]:
                 raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'][key]}, not "
                                    f"{settings[key]}: a resumed run cannot change that")

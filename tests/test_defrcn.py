@@ -178,8 +178,7 @@ def test_surgery_copies_the_published_rows(golden, case):
     assert moved["predictor.cls_score.weight"][fresh].std().item() == pytest.approx(0.01, rel=0.3)
     cosine = defrcn.Predictor(8, new_count, cosine=True).state_dict(prefix="predictor.")
     moved = transfer_predictor(cosine, old, old_names, new_names)
-    assert set(moved) == set(cosine) and torch.equal(moved["predictor.cls_score.weight"][-1],
-                                                     old["predictor.cls_score.weight"][-1])
+    assert all(torch.equal(moved[key], cosine[key]) for key in cosine)  # its weights mean something else
     # Novel classes alone share none with the base: everything stays as initialised.
     alone = transfer_predictor(new, old, old_names, [f"new{i}" for i in range(new_count)])
     assert all(torch.equal(alone[key], new[key]) for key in new)

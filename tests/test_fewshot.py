@@ -154,7 +154,8 @@ def test_sampled_lists_are_written_in_the_layout_that_is_read(tmp_path):
 def test_a_small_set_gives_part_of_an_image_where_no_whole_one_fits():
     boxes_of = {"a": {"x": [1, 2, 3], "y": [4, 5, 6]}}
     lists = sample_coco(boxes_of, 0)
-    assert [len(lists["a", k]) for k in (1, 2)] == [1, 2] and ("a", 5) not in lists
+    assert [len(lists["a", k]) for k in (1, 2, 3, 5)] == [1, 2, 3, 5] and ("a", 10) not in lists
+    assert all(len(set(boxes)) == len(boxes) for boxes in lists.values())
     assert lists["a", 2][0] == lists["a", 1][0]
 
 
@@ -197,7 +198,8 @@ def test_published_schedules():
 
 def run_of(seed, n_ap, shots=1):
     return {"AP": 0.5, "few_shot": {"data": "coco", "model": "defrcn", "generalized": False, "shots": shots,
-                                    "decouple": [0.0, 0.01], "stage": "novel",
+                                    "decouple": [0.0, 0.01], "stage": "novel", "novel": ["a"],
+                                    "backbone": "r", "cosine": False, "calibrated": False,
                                     "seed": seed, "nAP": n_ap, "nAP50": 0.2, "nAP75": None, "bAP": None,
                                     "bAP50": None}}
 
@@ -211,6 +213,8 @@ def test_the_table_gives_mean_and_interval():
     assert rows[1]["nAP"] == [0.3, 0.0] and "nAP75" not in rows[0] and "bAP" not in rows[0]
     table = aggregate_table(rows)
     assert " 13.00 ± 3.33" in table and "FSOD" in table and "0, 0.01" in table and "bAP" not in table
+    with pytest.raises(DataError, match="have the same seed"):
+        aggregate([run_of(0, 0.1), run_of(0, 0.2)])
     with pytest.raises(DataError, match="not of --stage novel"):
         aggregate([{"AP": 0.5}])
 
