@@ -507,7 +507,7 @@ def describe_few_shot(args: dict) -> dict:
     return {"novel": args["novel_classes"],
             "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
             **{key: args[key] for key in ("stage", "data", "model", "backbone", "cosine", "shots", "seed",
-                                          "generalized")}}
+                                          "shot_seed", "generalized")}}
 
 
 def make_calibration(args: dict, weights: str, names: list[str], device,
@@ -521,7 +521,7 @@ def make_calibration(args: dict, weights: str, names: list[str], device,
         return None
     if source is None:
         source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
-    support = shot_view(source, names, args["shots"], args["seed"], lists_folder(args, source.voc), None)
+    support = shot_view(source, names, args["shots"], args["shot_seed"], lists_folder(args, source.voc), None)
     return Calibration(weights, support, args["novel_classes"], device)
 
 

@@ -165,8 +165,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     few = parser.add_argument_group("few-shot (--model defrcn or faster_rcnn)")
     few.add_argument("--stage", choices=("base", "novel"),
                      help="train on the base classes, or fine-tune (--init) on K shots of the novel ones")
-    few.add_argument("--shots", type=int,
-                     help="K, boxes per class of the novel stage; --seed chooses the list")
+    few.add_argument("--shots", type=int, help="K, boxes per class of the novel stage")
+    few.add_argument("--shot-seed", type=int, help="which list of shots (default: --seed)")
     few.add_argument("--generalized", action="store_true", help="novel stage on K shots of all classes")
     few.add_argument("--novel-classes", metavar="NAME,NAME",
                      type=lambda text: [name.strip() for name in text.split(",")],
@@ -252,6 +252,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.shot_seed = args.seed if args.shot_seed is None else args.shot_seed
     if args.model == "fsaf" and args.ignore_scale is None:
         args.ignore_scale = IGNORE_SCALE_JOINT if args.fsaf_branch == "both" else IGNORE_SCALE
     args.out = args.out or Path("runs") / run_name(args)
@@ -272,7 +273,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Stops with one line where arguments make no sense, alone or together."""
     if args.train_json and not args.val_json and args.data == "shapes" and not args.no_eval:
         parser.error("give --val-json and --val-images as well, or --no-eval")
-    for name in ("seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures"):
+    for name in ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
     for name in ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
@@ -289,8 +290,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(f"--fpn-channels must be a multiple of 64 (32 groups of two or more), "
                      f"not {args.fpn_channels}")
     two_stage = args.model in ("defrcn", "faster_rcnn")
-    if args.stage and not two_stage:
-        parser.error("--stage belongs to --model defrcn and faster_rcnn")
+    if not two_stage and (args.stage or args.generalized or args.novel_classes or args.cosine
+                          or not args.decouple):
+        parser.error("--stage, --generalized, --novel-classes, --cosine and --no-decouple belong to --model "
+                     "defrcn or faster_rcnn")
+    for name in ("rpn_grad_scale", "roi_grad_scale"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
     if (args.stage == "novel") != bool(args.shots):
         parser.error("--stage novel and --shots K belong together")
     if args.stage == "novel" and not (args.init or args.resume):
@@ -467,6 +473,7 @@ def main():
                     raise
                 say(f"no prototypical calibration, scores will stay plain (--pcb-weights FILE): {error}")
                 args.pcb_weights = "none"
+        args.use_difficult = args.use_difficult or train_set.voc  # as published
         if args.roi_grad_scale is None:
             args.roi_grad_scale = (ROI_GRAD_SCALE_BASE if args.stage == "base" else
                                    ROI_GRAD_SCALE_VOC if train_set.voc else ROI_GRAD_SCALE_NOVEL)
@@ -474,7 +481,7 @@ def main():
         if args.stage == "base":
             train_set = keep_classes(train_set, learned, drop_empty=True)
         else:
-            train_set = shot_view(train_set, learned, args.shots, args.seed,
+            train_set = shot_view(train_set, learned, args.shots, args.shot_seed,
                                   lists_folder(vars(args), train_set.voc), args.out if rank == 0 else None)
     for line in (*train_set.notes, train_set.table(), *(val_set.notes if val_set else ())):
         say(line)

@@ -77,7 +77,10 @@ def test_generalized_fine_tuning_keeps_the_base_rows(base, script, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--model", "fcos", "--stage", "base"], "--stage belongs to --model defrcn"),
+    (["--model", "fcos", "--stage", "base"], "belong to --model defrcn or faster_rcnn"),
+    (["--roi-grad-scale", "nan"], "--roi-grad-scale must not be negative"),
+    (["--stage", "novel", "--shots", "1", "--init", "BASE", "--novel-classes", "disc"],
+     "was trained on disc as base classes"),
     (["--stage", "novel", "--init", "BASE"], "--stage novel and --shots K belong together"),
     (["--stage", "novel", "--shots", "1"], "give the base stage's checkpoint with --init"),
     (["--stage", "base", "--novel-classes", "heart,unicorn"], "the data have no unicorn"),
