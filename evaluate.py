@@ -658,6 +658,7 @@ def main():
     if trained.get("stage") and not args.images:
         dataset = keep_classes(dataset, info["names"], drop_empty=False)
         few_shot = describe_few_shot(trained)
+        few_shot["data"] = args.data or args.json or few_shot["data"]
         calibration = make_calibration(trained, args.pcb_weights or trained["pcb_weights"], info["names"],
                                        device)
     pad_to = args.pad_to or trained["pad_to"]
