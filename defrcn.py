@@ -482,7 +482,8 @@ class CalibrationNet(nn.Module):
                 self.load_state_dict({key if key.startswith("fc.") else f"backbone.{key}": value
                                       for key, value in state.items()})
             except RuntimeError as error:
-                raise WeightsError(f"{path}: not torchvision's ResNet-101 ({str(error)[:200]})") from error
+                reason = " ".join(str(error).split())[:200]
+                raise WeightsError(f"{path}: not torchvision's ResNet-101 ({reason})") from error
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, boxes: Tensor) -> Tensor:

@@ -659,8 +659,14 @@ def main():
         dataset = keep_classes(dataset, info["names"], drop_empty=False)
         few_shot = describe_few_shot(trained)
         few_shot["data"] = args.data or args.json or few_shot["data"]
-        calibration = make_calibration(trained, args.pcb_weights or trained["pcb_weights"], info["names"],
-                                       device)
+        try:
+            calibration = make_calibration(trained, args.pcb_weights or trained["pcb_weights"], info["names"],
+                                           device)
+        except WeightsError as error:
+            if args.pcb_weights:
+                raise
+            if rank == 0:
+                print(f"no prototypical calibration, the scores stay plain (--pcb-weights FILE): {error}")
     pad_to = args.pad_to or trained["pad_to"]
     min_size, max_size = args.min_size or max(trained["min_size"]), args.max_size or trained["max_size"]
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
