@@ -312,7 +312,7 @@ def rename_mmdet_detector(state_dict: dict[str, Tensor], head: dict[str, str],
     """Weights of mmdetection's one-stage detectors (2.x and 3.x) under the names used here.
 
     head: {their name of a predictor: ours}. tower_layers: modules that one convolution of our towers takes
-    (with norm and ReLU). Keys outside backbone, neck and head are left out.
+    (with norm and ReLU). Other keys keep their names.
     """
     neck = {"lateral_convs.0": "lateral.0", "lateral_convs.1": "lateral.1", "lateral_convs.2": "lateral.2",
             "fpn_convs.0": "output.0", "fpn_convs.1": "output.1", "fpn_convs.2": "output.2",
@@ -335,7 +335,50 @@ def rename_mmdet_detector(state_dict: dict[str, Tensor], head: dict[str, str],
                 leaf = leaf.removesuffix(".scale")
             name = towers.get(name) or head.get(name, name)
             renamed[f"head.{name}.{leaf}"] = value
+        else:
+            renamed[key] = value
     return renamed
+
+
+def rename_torchvision_detector(state_dict: dict[str, Tensor], head_rules: list[tuple],
+                                bn_eps: float) -> dict[str, Tensor]:
+    """Weights of torchvision's one-stage detectors under the names used here.
+
+    head_rules: `rename_keys` of the heads. bn_eps: what their batch norm adds to the variance, which is
+    changed so that BN_EPS has the same effect.
+    """
+    renamed = complete_statistics(rename_keys(state_dict, [
+        (r"^backbone\.body\.", "backbone."),
+        (r"^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?", r"fpn.lateral.\1."),
+        (r"^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?", r"fpn.output.\1."),
+        (r"^backbone\.fpn\.extra_blocks\.", "fpn."), *head_rules]))
+    for key in renamed:
+        if key.endswith("running_var"):
+            renamed[key] = renamed[key] + (bn_eps - BN_EPS)
+    return with_pixels(renamed, TORCHVISION_PIXELS)
+
+
+def rename_keys(state_dict: dict[str, Tensor], rules: list[tuple]) -> dict[str, Tensor]:
+    """A state_dict in which of every key the first (pattern, replacement) that is found in it is applied."""
+    renamed = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in rules:
+            key, hits = re.subn(pattern, replacement, key, count=1)
+            if hits:
+                break
+        renamed[key] = value
+    return renamed
+
+
+def with_pixels(state_dict: dict[str, Tensor], pixels: tuple[tuple, tuple],
+                bgr: bool = False) -> dict[str, Tensor]:
+    """A detector's state_dict with pixel_mean and pixel_std (RGB); bgr: it saw BGR, conv1 is flipped."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in pixels)
+    conv1 = state_dict.get("backbone.conv1.weight")
+    if conv1 is None:
+        raise WeightsError(f"a detector without a ResNet; it has keys like {sorted(state_dict)[:3]}")
+    return {**state_dict, "pixel_mean": mean, "pixel_std": std,
+            "backbone.conv1.weight": conv1.flip(1) if bgr else conv1}
 
 
 def _download(file_name: str) -> Path:
@@ -359,7 +402,7 @@ def _download(file_name: str) -> Path:
 def _rename_caffe2(blobs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detectron's blob names (`res2_0_branch2a_w`) to torchvision's (`layer1.0.conv1.weight`).
 
-    Fused files hold only scale and offset of each batch norm, as `_complete_statistics` expects.
+    Fused files hold only scale and offset of each batch norm, as `complete_statistics` expects.
     """
     suffixes = {"_bn_s": ".weight", "_bn_b": ".bias", "_bn_gamma": ".weight", "_bn_beta": ".bias",
                 "_bn_running_mean": ".running_mean", "_bn_running_var": ".running_var",
@@ -379,7 +422,7 @@ def _rename_caffe2(blobs: dict[str, Tensor]) -> dict[str, Tensor]:
             state[prefix + (f"conv{number}" if number else "downsample.0") + ".weight"] = value
         elif suffix in suffixes:
             state[prefix + (f"bn{number}" if number else "downsample.1") + suffixes[suffix]] = value
-    return _complete_statistics(state)
+    return complete_statistics(state)
 
 
 def rename_detectron2_resnet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -391,10 +434,10 @@ def rename_detectron2_resnet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r"conv(\d)\.norm\.", r"bn\1.", key)
         key = key.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
         state[key] = value
-    return _complete_statistics({k: v for k, v in state.items() if re.match(r"conv1|bn1|layer\d", k)})
+    return complete_statistics({k: v for k, v in state.items() if re.match(r"conv1|bn1|layer\d", k)})
 
 
-def _complete_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def complete_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mean 0 and variance 1 - eps for a batch norm that has none: it is then exactly `x * weight + bias`."""
     for key in [k for k in state if re.search(r"(bn\d|downsample\.1)\.weight$", k)]:
         norm = key.removesuffix("weight")

@@ -30,6 +30,8 @@ from backbone import (
     normalise_images,
     read_weight_file,
     rename_detectron2_resnet,
+    rename_keys,
+    with_pixels,
 )
 from ops import (
     clip_boxes,
@@ -417,27 +419,22 @@ def rename_detectron2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the official DeFRCN, or of detectron2's Faster R-CNN C4, under our names, for a strict load.
 
     The matching model has decouple=True where affine layers are there. They saw BGR: conv1 is flipped to RGB;
-    PIXELS are added. A checkpoint without a predictor (the official "remove" surgery) lacks it here, too.
+    PIXELS are added. A checkpoint without a predictor (the official "remove" surgery) lacks it here, too. A
+    key that is not known keeps its name.
     """
-    rest = {"proposal_generator.rpn_head.conv.": "rpn.conv.",
-            "proposal_generator.rpn_head.objectness_logits.": "rpn.objectness.",
-            "proposal_generator.rpn_head.anchor_deltas.": "rpn.deltas.",
-            "roi_heads.box_predictor.cls_score.": "predictor.cls_score.",
-            "roi_heads.box_predictor.bbox_pred.": "predictor.deltas.",
-            "affine_rpn.": "affine_rpn.", "affine_rcnn.": "affine_roi."}
+    rest = [("^proposal_generator.rpn_head.conv.", "rpn.conv."),
+            ("^proposal_generator.rpn_head.objectness_logits.", "rpn.objectness."),
+            ("^proposal_generator.rpn_head.anchor_deltas.", "rpn.deltas."),
+            ("^roi_heads.box_predictor.cls_score.", "predictor.cls_score."),
+            ("^roi_heads.box_predictor.bbox_pred.", "predictor.deltas."), ("^affine_rcnn.", "affine_roi.")]
     resnet = {key.replace("roi_heads.res5.", "backbone.res5."): value for key, value in state_dict.items()
               if key.startswith(("backbone.", "roi_heads.res5."))}
     if not any(key.startswith("backbone.res5.") for key in resnet):
         raise WeightsError(f"not a Faster R-CNN C4 of detectron2: it has keys like {sorted(state_dict)[:3]}")
     renamed = {f"backbone.{key}": value for key, value in rename_detectron2_resnet(resnet).items()}
-    renamed["backbone.conv1.weight"] = renamed["backbone.conv1.weight"].flip(1)
-    for key, value in state_dict.items():
-        for old, new in rest.items():
-            if key.startswith(old):
-                renamed[new + key.removeprefix(old)] = value
-    for name, value in zip(("pixel_mean", "pixel_std"), PIXELS):
-        renamed[name] = torch.tensor(value).view(3, 1, 1)
-    return renamed
+    renamed |= rename_keys({key: value for key, value in state_dict.items()
+                            if not key.startswith(("backbone.", "roi_heads.res5."))}, rest)
+    return with_pixels(renamed, PIXELS, bgr=True)
 
 
 def transfer_predictor(own: dict[str, Tensor], state: dict[str, Tensor], old_names: list[str],

@@ -23,15 +23,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import (
+    BN_EPS,
     CAFFE_PIXELS,
     FPN,
     TORCHVISION_PIXELS,
     ResNet,
     WeightsError,
+    complete_statistics,
     normalise_images,
+    rename_detectron2_resnet,
+    rename_keys,
     rename_mmdet_detector,
+    rename_torchvision_detector,
+    with_pixels,
 )
-from ops import best_pairs, final_detections, giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
+from ops import (
+    best_pairs,
+    cell_corners,
+    final_detections,
+    giou_loss,
+    iou_loss,
+    mean_over_ranks,
+    sigmoid_focal_loss,
+    torchvision_corners,
+)
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
 LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))  # max(l, t, r, b) in px, Sec. 3.2
@@ -41,6 +56,7 @@ GROUP_NORM_GROUPS = 32
 PRIOR_PROB = 0.01  # score of every class at the start (RetinaNet, Sec. 3.3)
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 SCORE_THRESHOLD = 0.05  # on the class score alone, before the product with centerness
+SCORE_THRESHOLD_TORCHVISION = 0.2  # on the square root of that product
 PRE_NMS_TOP_K = 1000  # (point, class) pairs per level
 NMS_THRESHOLD_ORIGINAL, NMS_THRESHOLD = 0.5, 0.6  # mmdetection's values of the two forms
 MAX_DETECTIONS = 100
@@ -57,12 +73,11 @@ class FCOSHead(nn.Module):
     float32. ltrb is >= 0: pixels in the original form, strides of the point's level in the improved one.
     """
 
-    def __init__(self, num_classes: int, channels: int = 256, original: bool = False):
+    def __init__(self, num_classes: int, channels: int = 256, original: bool = False,
+                 tower_bias: bool = True):
         super().__init__()
         self.original = original
-        # mmdetection's improved form keeps a bias in front of the group norm. It has no effect on the output.
-        self.cls_tower = _tower(channels, bias=not original)
-        self.box_tower = _tower(channels, bias=not original)
+        self.cls_tower, self.box_tower = _tower(channels, tower_bias), _tower(channels, tower_bias)
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
@@ -104,22 +119,23 @@ def level_points(height: int, width: int, stride: int, device=None) -> Tensor:
 
     Returns (H*W, 2) float32 (x, y), pixels of the padded image, row-major.
     """
-    x = torch.arange(width, device=device) * stride + stride // 2
-    y = torch.arange(height, device=device) * stride + stride // 2
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).float()
+    return cell_corners(height, width, stride, stride, device) + stride // 2
 
 
-def image_points(shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tensor, Tensor]:
+def image_points(shapes: list[tuple[int, int]], device=None,
+                 torchvision: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Points, strides and size ranges of all levels.
 
-    shapes: (height, width) of the feature map of each level.
-    Returns points (P, 2) px, strides (P,) px and ranges (P, 2) px, float32.
+    shapes: (height, width) of the feature map of each level. torchvision: the points of its FCOS, see
+    `torchvision_corners`. Returns points (P, 2) px, strides (P,) px and ranges (P, 2) px, float32.
     """
     points, strides, ranges = [], [], []
     for (height, width), stride, level_range in zip(shapes, STRIDES, LEVEL_RANGES):
         points.append(level_points(height, width, stride, device))
         strides.append(torch.full((height * width,), float(stride), device=device))
         ranges.append(torch.tensor(level_range, device=device).expand(height * width, 2))
+    if torchvision:
+        points = torchvision_corners(shapes, STRIDES[0], device)
     return torch.cat(points), torch.cat(strides), torch.cat(ranges)
 
 
@@ -207,18 +223,24 @@ def fcos_decode(points: Tensor, ltrb: Tensor) -> Tensor:
 
 
 def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_sizes: list[int], height, width,
-                    score_threshold: float, nms_threshold: float) -> dict[str, Tensor]:
+                    score_threshold: float, nms_threshold: float,
+                    torchvision: bool = False) -> dict[str, Tensor]:
     """Detections of one image.
 
     Per level the PRE_NMS_TOP_K (point, class) pairs with the best class score above the threshold
-    stay; the score becomes class score x centerness; then NMS.
+    stay; the score becomes class score x centerness; then NMS. torchvision: the score is the square root of
+    that product from the start.
 
     logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. height,
     width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,)
     int64}, best first; N may be 0.
     """
-    point, labels, scores = best_pairs(logits, level_sizes, PRE_NMS_TOP_K, score_threshold)
-    scores = scores * centerness[point].sigmoid()
+    scores, centerness = logits.sigmoid(), centerness.sigmoid()
+    if torchvision:
+        scores = (scores * centerness[:, None]).sqrt()
+    point, labels, scores = best_pairs(scores, level_sizes, PRE_NMS_TOP_K, score_threshold)
+    if not torchvision:
+        scores = scores * centerness[point]
     return final_detections(boxes[point], scores, labels, height, width, nms_threshold, MAX_DETECTIONS)
 
 
@@ -229,8 +251,10 @@ class FCOS(nn.Module):
 
     num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`; caffe also
     chooses the pixel mean of Detectron's weights and std 1. original: the form in the table at the top.
-    fpn_channels: a multiple of GROUP_NORM_GROUPS. score_threshold, nms_threshold: for inference; None
-    is the form's published value.
+    fpn_channels: a multiple of GROUP_NORM_GROUPS. tower_bias: of the convolutions in front of the group
+    norms; by default as in mmdetection: in the improved form. torchvision: the points and scores of
+    torchvision's FCOS, for its weights. score_threshold, nms_threshold: for inference; None is the form's
+    published value.
 
     images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4)
     px; gt_labels (B, G) int64, -1 = padding, -2 = crowd.
@@ -242,15 +266,19 @@ class FCOS(nn.Module):
 
     def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
                  original: bool = False, norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
-                 score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):
+                 tower_bias: bool | None = None, torchvision: bool = False,
+                 score_threshold: float | None = None, nms_threshold: float | None = None):
         super().__init__()
-        self.original, self.score_threshold = original, score_threshold
+        if score_threshold is None:
+            score_threshold = SCORE_THRESHOLD_TORCHVISION if torchvision else SCORE_THRESHOLD
         if nms_threshold is None:
             nms_threshold = NMS_THRESHOLD_ORIGINAL if original else NMS_THRESHOLD
-        self.nms_threshold = nms_threshold
+        self.original, self.torchvision = original, torchvision
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5", relu_before_p7=True)
-        self.head = FCOSHead(num_classes, fpn_channels, original)
+        self.head = FCOSHead(num_classes, fpn_channels, original,
+                             not original if tower_bias is None else tower_bias)
         pixels = (CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED) if caffe else TORCHVISION_PIXELS
         for name, value in zip(("pixel_mean", "pixel_std"), pixels):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
@@ -270,7 +298,7 @@ class FCOS(nn.Module):
                 "shapes": [tuple(feature.shape[-2:]) for feature in features]}
 
     def losses(self, outputs: dict, gt_boxes: Tensor, gt_labels: Tensor) -> dict[str, Tensor]:
-        points, strides, ranges = image_points(outputs["shapes"], gt_boxes.device)
+        points, strides, ranges = image_points(outputs["shapes"], gt_boxes.device, self.torchvision)
         targets = [fcos_targets(points, strides, ranges, boxes, labels, self.original)
                    for boxes, labels in zip(gt_boxes, gt_labels)]
         labels, target_ltrb = (torch.stack(t) for t in zip(*(target[:2] for target in targets)))
@@ -280,21 +308,24 @@ class FCOS(nn.Module):
                            self.original)
 
     def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
-        points, strides, _ = image_points(outputs["shapes"], sizes.device)
+        points, strides, _ = image_points(outputs["shapes"], sizes.device, self.torchvision)
         ltrb = outputs["ltrb"] if self.original else outputs["ltrb"] * strides[:, None]
         boxes = fcos_decode(points, ltrb)
         level_sizes = [height * width for height, width in outputs["shapes"]]
         return [fcos_detections(outputs["logits"][i], boxes[i], outputs["centerness"][i], level_sizes,
-                                *sizes[i], self.score_threshold, self.nms_threshold)
+                                *sizes[i], self.score_threshold, self.nms_threshold, self.torchvision)
                 for i in range(len(sizes))]
 
 
-def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mmdetection's FCOS weights (2.x and 3.x) under our names, for a strict load into the matching `FCOS`.
+# ---------------------------------------------------------------------------------- other people's weights
+# Each reader gives a state_dict for a strict load, with the pixel mean and std the weights were trained with,
+# in RGB: where they saw BGR, conv1 is flipped. A key that it does not know keeps its name.
 
-    The matching model: original=True where the towers have no bias; caffe=True for a ResNet,
-    False for a ResNeXt. Caffe weights saw BGR: conv1 is flipped to RGB. pixel_mean and pixel_std
-    of the published recipe are added.
+def rename_mmdet(state_dict: dict[str, Tensor], caffe: bool | None = None) -> dict[str, Tensor]:
+    """mmdetection's FCOS (2.x and 3.x), for the matching `FCOS`: original=True where the towers have no bias.
+
+    caffe: the style of the backbone; None is that of the published files: True for a ResNet, False for a
+    ResNeXt. Raises WeightsError if it is another model.
     """
     head = {"conv_cls": "cls_logits", "conv_reg": "ltrb", "conv_centerness": "centerness"}
     renamed = rename_mmdet_detector(state_dict, head, tower_layers=3)
@@ -302,10 +333,61 @@ def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         raise WeightsError(f"not an FCOS of mmdetection: it has keys like {sorted(state_dict)[:3]}")
     original = "head.cls_tower.0.bias" not in renamed
     conv2 = renamed["backbone.layer1.0.conv2.weight"]
-    caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet
-    if caffe:
-        renamed["backbone.conv1.weight"] = renamed["backbone.conv1.weight"].flip(1)
-    pixels = (CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED) if caffe else TORCHVISION_PIXELS
-    for name, value in zip(("pixel_mean", "pixel_std"), pixels):
-        renamed[name] = torch.tensor(value).view(3, 1, 1)
-    return renamed
+    if caffe is None:
+        caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet
+    if not caffe:
+        return with_pixels(renamed, TORCHVISION_PIXELS)
+    return with_pixels(renamed, CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED, bgr=True)
+
+
+def rename_adelaidet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """AdelaiDet's FCOS, for `FCOS(..., caffe=True)`; the backbone is Detectron's ResNet-50 or -101.
+
+    Its scores are the square root of ours: the order of the detections is the same.
+    """
+    resnet = {key: value for key, value in state_dict.items() if key.startswith("backbone.bottom_up.")}
+    renamed = {f"backbone.{key}": value for key, value in rename_detectron2_resnet(resnet).items()}
+    renamed |= _rename_authors({key: value for key, value in state_dict.items() if key not in resnet},
+                               r"backbone\.fpn_lateral", r"backbone\.fpn_output", 3,
+                               r"backbone\.top_block\.", r"proposal_generator\.fcos_head\.")
+    return with_pixels(renamed, CAFFE_PIXELS_IMPROVED, bgr=True)
+
+
+def rename_first_fcos(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' first repository, for `FCOS(..., caffe=True, tower_bias=True)`.
+
+    Its two forms have the same keys: whether it is original=True only its name says ("imprv").
+    """
+    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    for key in [key for key in state if key.endswith("running_var")]:
+        state[key] = state[key] - BN_EPS  # its batch norm adds nothing to the variance
+    state = rename_keys(state, [(r"^backbone\.body\.(stem\.)?", "backbone.")])
+    renamed = _rename_authors(state, r"backbone\.fpn\.fpn_inner", r"backbone\.fpn\.fpn_layer", 2,
+                              r"backbone\.fpn\.top_blocks\.", r"rpn\.head\.")
+    return with_pixels(complete_statistics(renamed), CAFFE_PIXELS, bgr=True)
+
+
+def _rename_authors(state: dict[str, Tensor], lateral: str, output: str, first: int, top: str,
+                    head: str) -> dict[str, Tensor]:
+    """What both repositories of the authors name alike, after these prefixes; first: their number of C3."""
+    rules = [(lateral + r"(\d)", lambda match: f"fpn.lateral.{int(match[1]) - first}"),
+             (output + r"(\d)", lambda match: f"fpn.output.{int(match[1]) - first}"),
+             (top, "fpn."), (head + "bbox_tower", "head.box_tower"), (head + "bbox_pred", "head.ltrb"),
+             (head + "ctrness", "head.centerness"), (head + r"scales\.(\d)\.scale", r"head.scales.\1"),
+             (head, "head.")]
+    return {key: value.reshape(()) if key.startswith("head.scales.") else value
+            for key, value in rename_keys(state, rules).items()}
+
+
+def rename_torchvision(state_dict: dict[str, Tensor], bn_eps: float = BN_EPS) -> dict[str, Tensor]:
+    """torchvision's `fcos_resnet50_fpn`, for `FCOS(..., torchvision=True)`.
+
+    bn_eps: of the batch norm they were used with; torchvision sets 0 for its published COCO weights.
+    """
+    renamed = rename_torchvision_detector(state_dict, [
+        (r"^head\.classification_head\.conv\.", "head.cls_tower."),
+        (r"^head\.classification_head\.", "head."),
+        (r"^head\.regression_head\.conv\.", "head.box_tower."),
+        (r"^head\.regression_head\.bbox_reg\.", "head.ltrb."),
+        (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness.")], bn_eps)
+    return {**renamed, **{f"head.scales.{i}": torch.tensor(1.0) for i in range(len(STRIDES))}}

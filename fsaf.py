@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone import (
+    BN_EPS,
     CAFFE_PIXELS,
     FPN,
     TORCHVISION_PIXELS,
@@ -26,10 +27,13 @@ from backbone import (
     WeightsError,
     normalise_images,
     rename_mmdet_detector,
+    rename_torchvision_detector,
+    with_pixels,
 )
 from ops import (
     best_pairs,
     box_area,
+    cell_corners,
     decode_boxes,
     encode_boxes,
     final_detections,
@@ -37,6 +41,7 @@ from ops import (
     match_anchors,
     mean_over_ranks,
     sigmoid_focal_loss,
+    torchvision_corners,
 )
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
@@ -141,8 +146,7 @@ def level_points(height: int, width: int, stride: int, device=None) -> Tensor:
     """
     # DIFFERS: mmdetection's FSAF and RetinaNet, and torchvision's, have priors around the corner of a cell.
     # The paper speaks of pixel locations only; some ports add half a stride, as FCOS does.
-    x, y = torch.arange(width, device=device) * stride, torch.arange(height, device=device) * stride
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).float()
+    return cell_corners(height, width, stride, stride, device)
 
 
 def image_points(shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tensor]:
@@ -164,13 +168,15 @@ def base_anchors() -> Tensor:
     return torch.tensor(STRIDES)[:, None, None] * unit
 
 
-def image_anchors(base: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-    """Anchors (N, 4) px of all levels; base: (L, A, 4) from `base_anchors`, shapes as in `image_points`."""
-    levels = []
-    for anchors, (height, width), stride in zip(base, shapes, STRIDES):
-        points = level_points(height, width, stride, base.device)
-        levels.append((points.repeat(1, 2)[:, None] + anchors).reshape(-1, 4))
-    return torch.cat(levels)
+def image_anchors(base: Tensor, shapes: list[tuple[int, int]], torchvision: bool = False) -> Tensor:
+    """Anchors (N, 4) px of all levels; base: (L, A, 4) from `base_anchors`, shapes as in `image_points`.
+
+    torchvision: at the points where its RetinaNet has them, see `torchvision_corners`.
+    """
+    points = (torchvision_corners(shapes, STRIDES[0], base.device) if torchvision else
+              [level_points(*shape, stride, base.device) for shape, stride in zip(shapes, STRIDES)])
+    return torch.cat([(corner.repeat(1, 2)[:, None] + anchors).reshape(-1, 4)
+                      for corner, anchors in zip(points, base)])
 
 
 # ---------------------------------------------------------------------------------------------- targets
@@ -386,6 +392,7 @@ class FSAF(nn.Module):
     chooses the pixel mean and std of Detectron's weights. effective_scale, ignore_scale: of the regions; the
     published pairs are 0.2, 0.2 (default of the anchor-free form) and 0.2, 0.5 (of the joint form).
     ignore_adjacent: the paper's rule for levels an object did not choose; None: in the joint form only.
+    torchvision: the pyramid and the places of the anchors of torchvision's RetinaNet, for its weights.
     score_threshold, nms_threshold: for inference.
 
     images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4)
@@ -400,7 +407,7 @@ class FSAF(nn.Module):
     def __init__(self, num_classes: int, backbone: str = "resnet50", joint: bool = False,
                  anchor_only: bool = False, effective_scale: float = EFFECTIVE_SCALE,
                  ignore_scale: float | None = None, ignore_adjacent: bool | None = None, caffe: bool = False,
-                 norm: str = "affine", freeze_at: int = 2, fpn_channels: int = 256,
+                 norm: str = "affine", freeze_at: int = 2, fpn_channels: int = 256, torchvision: bool = False,
                  score_threshold: float = SCORE_THRESHOLD, nms_threshold: float = NMS_THRESHOLD):
         super().__init__()
         if joint and anchor_only:
@@ -411,11 +418,13 @@ class FSAF(nn.Module):
             raise ValueError(f"effective_scale {effective_scale} and ignore_scale {ignore_scale} must grow "
                              f"from above 0 to at most 1")
         self.joint, self.effective_scale, self.ignore_scale = joint, effective_scale, ignore_scale
+        self.torchvision = torchvision
         self.ignore_adjacent = joint if ignore_adjacent is None else ignore_adjacent
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         # DIFFERS: mmdetection has no ReLU between P6 and P7; RetinaNet's paper has one.
-        self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="c5", relu_before_p7=False)
+        self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5" if torchvision else "c5",
+                       relu_before_p7=torchvision)
         self.head = FSAFHead(num_classes, fpn_channels, free=not anchor_only, anchor=joint or anchor_only)
         if self.head.anchor:  # a buffer: torchvision's weights, for one, were trained with rounded anchors
             self.register_buffer("base_anchors", base_anchors())
@@ -443,7 +452,7 @@ class FSAF(nn.Module):
         if self.head.anchor:
             inside = _inside(image_points(outputs["shapes"], sizes.device)[0], sizes)
             inside = inside.repeat_interleave(self.base_anchors.shape[1], dim=1)
-            anchors = image_anchors(self.base_anchors, outputs["shapes"])
+            anchors = image_anchors(self.base_anchors, outputs["shapes"], self.torchvision)
             match = torch.stack([match_anchors(anchors, *gt, FOREGROUND_IOU, BACKGROUND_IOU, usable)
                                  for *gt, usable in zip(gt_boxes, gt_labels, inside)])
             anchor = anchor_losses(outputs["anchor_logits"], outputs["anchor_deltas"], anchors, match,
@@ -471,14 +480,15 @@ class FSAF(nn.Module):
             points, strides = image_points(outputs["shapes"], sizes.device)
             branches.append((outputs["logits"], fsaf_decode(points, strides, outputs["tblr"]), level_sizes))
         if self.head.anchor:
-            anchors = image_anchors(self.base_anchors, outputs["shapes"])
+            anchors = image_anchors(self.base_anchors, outputs["shapes"], self.torchvision)
             branches.append((outputs["anchor_logits"], decode_boxes(outputs["anchor_deltas"], anchors),
                              [size * self.base_anchors.shape[1] for size in level_sizes]))
         found = []
         for i in range(len(sizes)):
             candidates = []
             for logits, boxes, rows in branches:
-                row, labels, scores = best_pairs(logits[i], rows, PRE_NMS_TOP_K, self.score_threshold)
+                row, labels, scores = best_pairs(logits[i].sigmoid(), rows, PRE_NMS_TOP_K,
+                                                 self.score_threshold)
                 candidates.append((boxes[i][row], scores, labels))
             found.append(final_detections(*(torch.cat(parts) for parts in zip(*candidates)), *sizes[i],
                                           self.nms_threshold, MAX_DETECTIONS))
@@ -491,12 +501,16 @@ def _inside(points: Tensor, sizes: Tensor) -> Tensor:
     return (points < padded.flip(-1)[:, None]).all(dim=-1)
 
 
-def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mmdetection's FSAF or RetinaNet weights (2.x and 3.x, pytorch-style backbone) under our names, for a
-    strict load.
+# ---------------------------------------------------------------------------------- other people's weights
+# Each reader gives a state_dict for a strict load, with the pixel mean and std and the anchors the weights
+# were trained with, in RGB. A key that it does not know keeps its name.
+
+def rename_mmdet(state_dict: dict[str, Tensor], caffe: bool = False) -> dict[str, Tensor]:
+    """mmdetection's FSAF or RetinaNet (2.x and 3.x).
 
     The matching model: FSAF(...) where retina_reg has 4 channels, FSAF(..., anchor_only=True) where it has
-    4 per anchor. pixel_mean, pixel_std and, for the latter, base_anchors of the recipe are added.
+    4 per anchor. caffe: the style of the backbone, which no key tells. Raises WeightsError if it is another
+    model.
     """
     channels = [value.shape[0] for key, value in state_dict.items() if key.endswith("retina_reg.weight")]
     if channels not in ([4], [4 * len(OCTAVES) * len(ASPECT_RATIOS)]):
@@ -505,7 +519,28 @@ def rename_mmdet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     free = channels == [4]
     head = {"retina_cls": "cls_logits" if free else "anchor_logits",
             "retina_reg": "tblr" if free else "anchor_deltas"}
-    renamed = rename_mmdet_detector(state_dict, head, tower_layers=2)
-    for name, value in zip(("pixel_mean", "pixel_std"), TORCHVISION_PIXELS):
-        renamed[name] = torch.tensor(value).view(3, 1, 1)
+    renamed = with_pixels(rename_mmdet_detector(state_dict, head, tower_layers=2),
+                          CAFFE_PIXELS if caffe else TORCHVISION_PIXELS, bgr=caffe)
     return renamed if free else {**renamed, "base_anchors": base_anchors()}
+
+
+def rename_torchvision(state_dict: dict[str, Tensor], bn_eps: float = BN_EPS) -> dict[str, Tensor]:
+    """torchvision's `retinanet_resnet50_fpn`, for `FSAF(..., anchor_only=True, torchvision=True)`.
+
+    bn_eps: of the batch norm they were used with; torchvision sets 0 for its published COCO weights.
+    """
+    rules = [(r"^head\.classification_head\.cls_logits\.", "head.anchor_logits."),
+             (r"^head\.regression_head\.bbox_reg\.", "head.anchor_deltas.")]
+    for theirs, ours in (("classification", "cls"), ("regression", "box")):
+        # Newer files number the pairs of convolution and ReLU of a tower, older ones all its layers.
+        rules += [(rf"^head\.{theirs}_head\.conv\.{i}\.0\.", f"head.{ours}_tower.{2 * i}.")
+                  for i in range(TOWER_CONVS)]
+        rules.append((rf"^head\.{theirs}_head\.conv\.", f"head.{ours}_tower."))
+    renamed = rename_torchvision_detector(state_dict, rules, bn_eps)
+    # Sizes are cut to whole pixels (32, 40, 50, ...), sides rounded.
+    sides = torch.tensor([[int(ANCHOR_SCALE * stride * 2 ** octave) for octave in OCTAVES]
+                          for stride in STRIDES])
+    ratios = torch.tensor(ASPECT_RATIOS).sqrt()
+    width, height = ((side[:, None] * sides[:, None]).flatten(1) for side in (1 / ratios, ratios))
+    anchors = (torch.stack((-width, -height, width, height), dim=-1) / 2).round()
+    return {**renamed, "base_anchors": anchors}

@@ -92,6 +92,27 @@ def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat((center - half, center + half), dim=-1)
 
 
+def cell_corners(height: int, width: int, step_y: int, step_x: int, device=None) -> Tensor:
+    """Upper left corners (x * step_x, y * step_y) of the cells of a feature map.
+
+    Returns (H*W, 2) float32 (x, y), pixels of the padded image, in the row-major order of
+    `feature.flatten(2)`.
+    """
+    x, y = torch.arange(width, device=device) * step_x, torch.arange(height, device=device) * step_y
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).float()
+
+
+def torchvision_corners(shapes: list[tuple[int, int]], stride: int, device=None) -> list[Tensor]:
+    """`cell_corners` of all levels as torchvision reckons them.
+
+    Its cells lie image size // map size apart, which is less than the stride where the map's size was rounded
+    up. shapes: (height, width) of each level; stride of the first, which divides the image.
+    """
+    image_height, image_width = (side * stride for side in shapes[0])
+    return [cell_corners(height, width, image_height // height, image_width // width, device)
+            for height, width in shapes]
+
+
 # ---------------------------------------------------------------------------------------------- losses
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -273,26 +294,26 @@ def _float32_below(value: float) -> float:
 
 # ---------------------------------------------------------------------------------------------- detections
 
-def best_pairs(logits: Tensor, level_sizes: list[int], top_k: int,
+def best_pairs(scores: Tensor, level_sizes: list[int], top_k: int,
                score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a one-stage detector hands on to NMS: per level the `top_k` (point, class) pairs with the best
     score, if above the threshold.
 
-    logits: (P, C) of one image, level by level; level_sizes: L numbers that add up to P. Returns point
+    scores: (P, C) of one image, level by level; level_sizes: L numbers that add up to P. Returns point
     index (M,) int64, label (M,) int64, score (M,).
     """
     # DIFFERS: mmdetection 3.x's choice. mmdetection 2.x keeps the points with the best class and all classes
     # of each; its FCOS and AdelaiDet rank by the product with centerness.
-    num_classes = logits.shape[-1]
+    num_classes = scores.shape[-1]
     kept = []
     first = 0
     for size in level_sizes:
-        scores, pair = logits[first:first + size].sigmoid().flatten().topk(min(top_k, size * num_classes))
-        kept.append(pair[scores > score_threshold] + first * num_classes)
+        best, pair = scores[first:first + size].flatten().topk(min(top_k, size * num_classes))
+        kept.append(pair[best > score_threshold] + first * num_classes)
         first += size
     pair = torch.cat(kept)
     point, label = pair // num_classes, pair % num_classes
-    return point, label, logits[point, label].sigmoid()
+    return point, label, scores[point, label]
 
 
 def final_detections(boxes: Tensor, scores: Tensor, labels: Tensor, height, width, nms_threshold: float,
