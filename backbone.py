@@ -44,6 +44,10 @@ TORCHVISION_FILES = {
 TORCHVISION_PIXELS = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CAFFE_PIXELS = ((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0))
 BN_EPS = 1e-5  # of every batch norm here (torch default)
+# Whose objects a weight file may hold beside tensors. getattr is how pickle names a method of theirs; like
+# all of them it is read, never called.
+FOREIGN_MODULES = ("mmengine.", "mmcv.", "mmdet.", "numpy.", "yacs.", "fvcore.", "argparse.Namespace",
+                   "builtins.getattr", "__builtin__.getattr")
 
 
 class WeightsError(ValueError):
@@ -269,21 +273,55 @@ def imagenet_file(path_or_name: str) -> Path:
 
 
 def read_weight_file(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a `.pth` or Detectron `.pkl`, unwrapped from `state_dict` / `model` / `blobs`.
+    """Tensors of a `.pth` or Detectron `.pkl`. Raises WeightsError naming the file."""
+    return tensors_in(read_file(path), path)
+
+
+def read_file(path: str | Path):
+    """What is in a `.pth` or `.pkl` file. Raises WeightsError naming it.
 
     Nothing in the file is executed: `.pth` is read with weights_only, `.pkl` with an unpickler that admits
-    numpy arrays and builtins. Raises WeightsError naming the file.
+    numpy arrays and builtins.
     """
     try:
         if str(path).endswith(".pkl"):
             with open(path, "rb") as file:
-                content = _NumpyUnpickler(file, encoding="latin1").load()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+                return _NumpyUnpickler(file, encoding="latin1").load()
+        with torch.serialization.safe_globals(_inert_globals(path)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # The type comes first because some of these errors have no message (EOFError of an empty file).
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(f"{path}: cannot be read as weights ({reason})") from error
+
+
+class _Inert:
+    """Stands for an object of another code base beside its weights (a log, a config): keeps nothing."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _inert_globals(path: str | Path) -> list[tuple[type, str]]:
+    """The classes and functions of FOREIGN_MODULES that a file names, each to be read as `_Inert`."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError):  # torch's format before 1.6, or not torch's at all
+        return []
+    return [(_Inert, name) for name in names if name.startswith(FOREIGN_MODULES)]
+
+
+def tensors_in(content, path: str | Path) -> dict[str, Tensor]:
+    """Tensors of what `read_file` gave, unwrapped from `state_dict` / `model` / `blobs`.
+
+    Raises WeightsError naming the file.
+    """
     for wrapper in ("state_dict", "model", "blobs"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

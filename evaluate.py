@@ -37,6 +37,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
 from backbone import WeightsError
+from checkpoint import load_model, whole_file
 from data import (
     DataError,
     DetectionDataset,
@@ -47,8 +48,6 @@ from data import (
     read_image,
     resized_shape,
 )
-from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN
-from fcos import FCOS
 from fewshot import (
     Calibration,
     aggregate,
@@ -58,7 +57,6 @@ from fewshot import (
     lists_folder,
     shot_view,
 )
-from fsaf import FSAF
 from ops import nms
 
 # COCO's 12 lines
@@ -127,58 +125,6 @@ def make_folder(path: Path):
 def synchronize(device: torch.device):
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-# ---------------------------------------------------------------------------------------------- model
-
-def build_model(args: dict, num_classes: int) -> torch.nn.Module:
-    """The detector that train.py's arguments describe, with fresh weights."""
-    shared = {key: args[key] for key in ("backbone", "caffe", "norm", "freeze_at", "fpn_channels")}
-    if args["model"] == "fcos":
-        return FCOS(num_classes, original=args["original"], **shared)
-    if args["model"] in ("defrcn", "faster_rcnn"):
-        shared.pop("fpn_channels")
-        novel = args["stage"] == "novel" and args["model"] == "defrcn"
-        return DeFRCN(num_classes, decouple=args["decouple"], rpn_grad_scale=args["rpn_grad_scale"],
-                      roi_grad_scale=ROI_GRAD_SCALE_BASE if args["roi_grad_scale"] is None else
-                      args["roi_grad_scale"], pool_size=args["pool_size"], freeze_res5=novel,
-                      cls_dropout=CLS_DROPOUT if novel and not args["cosine"] else 0.0, cosine=args["cosine"],
-                      roi_samples=args["roi_samples"], post_nms_top_k=args["proposals"], **shared)
-    return FSAF(num_classes, joint=args["fsaf_branch"] == "both", anchor_only=args["fsaf_branch"] == "anchor",
-                ignore_scale=args["ignore_scale"], **shared)
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of train.py. Raises WeightsError naming the file."""
-    if not Path(path).is_file():
-        raise WeightsError(f"checkpoint {path} does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    missing = ({"model", "args", "names", "category_ids", "step"}
-               - set(checkpoint if isinstance(checkpoint, dict) else ()))
-    if missing:
-        raise WeightsError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
-    return checkpoint
-
-
-def load_model(ckpt_path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, dict]:
-    """The trained detector in evaluation mode, and what else its checkpoint holds.
-
-    Returns (model, info): info has args (dict), names (C class names), category_ids (C dataset ids), step.
-    Raises WeightsError.
-    """
-    checkpoint = read_checkpoint(ckpt_path)
-    model = build_model(checkpoint["args"], len(checkpoint["names"]))
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise WeightsError(f"{ckpt_path}: its weights do not fit the model its arguments describe "
-                           f"({' '.join(str(error).split())})") from error
-    info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step")}
-    return model.to(device, memory_format=torch.channels_last).eval(), info
 
 
 # ---------------------------------------------------------------------------------------------- detections
@@ -534,10 +480,9 @@ def read_metrics(folder: Path) -> dict:
 
 
 def write_json(path: Path, content):
-    """A whole file or none: written beside its place, then moved there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
+    """See `whole_file`."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def read_results(path: Path) -> list[dict]:
@@ -577,9 +522,27 @@ def run_script(main):
         raise SystemExit(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}") from None
 
 
+def class_order(args: argparse.Namespace, info: dict, dataset: DetectionDataset) -> list[str]:
+    """The classes of another code base's checkpoint in its own order. Raises DataError where they are not
+    known."""
+    if args.classes or info["named"]:
+        names = args.classes or info["names"]
+        if len(names) != len(info["names"]):
+            raise DataError(f"--classes names {len(names)} classes, {args.ckpt} has {len(info['names'])}")
+        return names
+    if len(dataset.names) != len(info["names"]):
+        raise DataError(f"{args.ckpt} has {len(info['names'])} classes, which it does not name, the data "
+                        f"have {len(dataset.names)}: say which they are, in its order, with --classes")
+    return dataset.names
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ckpt", help="checkpoint of train.py")
+    parser.add_argument("--ckpt", help="checkpoint of train.py or of another code base (see README)")
+    parser.add_argument("--original", action="store_true",
+                        help="--ckpt is an FCOS of its authors' first repository, in its first form")
+    parser.add_argument("--classes", metavar="NAME,NAME", type=lambda text: text.split(","),
+                        help="the classes of a --ckpt that does not name them, in its order")
     parser.add_argument("--detections", type=Path, help="score this COCO result file, without a network")
     parser.add_argument("--images", type=Path, help="a folder of pictures, or one: draw, do not score")
     parser.add_argument("--aggregate", type=Path, nargs="+", metavar="RUN",
@@ -636,8 +599,10 @@ def main():
         draw(dataset, results, out / "pictures", args.pictures)
         return
     device, rank, world = setup_device(args.device)
-    model, info = load_model(args.ckpt, device)
+    model, info = load_model(args.ckpt, device, args.original)
     trained = info["args"]
+    for note in info["notes"] if rank == 0 else ():
+        print(note)
     if args.score_threshold is not None:
         model.score_threshold = args.score_threshold
     # Without annotations there is nothing to compare: the run's own detections stay where they are.
@@ -646,16 +611,21 @@ def main():
     if args.images:
         dataset = image_folder(args.images, info["names"], info["category_ids"])
     elif args.data or args.json:
-        dataset = open_dataset(args.data or "", args.split or trained["val_split"], args.json, args.image_dir,
-                               None if trained.get("stage") else info["names"])
+        known = None if trained["stage"] or trained["data"] is None else info["names"]
+        dataset = open_dataset(args.data or "", args.split or trained.get("val_split", "val2017"), args.json,
+                               args.image_dir, known)
+        if trained["data"] is None:
+            dataset = keep_classes(dataset, class_order(args, info, dataset), drop_empty=False)
+    elif trained["data"] is None:
+        raise DataError(f"{args.ckpt}: not trained here: say what to score it on with --data (and --split)")
     elif trained["train_json"] and not trained["val_json"] or args.split and trained["val_json"]:
         raise DataError(f"{args.ckpt}: was trained on a file of its own: say what to score with --json and "
                         f"--image-dir (or --data and --split)")
     else:
         dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
-                               trained["val_images"], None if trained.get("stage") else info["names"])
+                               trained["val_images"], None if trained["stage"] else info["names"])
     few_shot = calibration = None
-    if trained.get("stage") and not args.images:
+    if trained["stage"] and not args.images:
         dataset = keep_classes(dataset, info["names"], drop_empty=False)
         few_shot = describe_few_shot(trained)
         few_shot["data"] = args.data or args.json or few_shot["data"]

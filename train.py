@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backbone import ARCHITECTURES, WeightsError, load_imagenet
+from checkpoint import MODEL_ARGS, build_model, load_init, read_checkpoint, save_checkpoint
 from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
 from defrcn import (
     ROI_GRAD_SCALE_BASE,
@@ -45,16 +46,12 @@ from defrcn import (
     RPN_GRAD_SCALE,
     Affine,
     CalibrationNet,
-    DeFRCN,
-    transfer_predictor,
 )
 from evaluate import (
-    build_model,
     describe_few_shot,
     evaluate,
     make_calibration,
     make_folder,
-    read_checkpoint,
     run_script,
     setup_device,
 )
@@ -86,9 +83,6 @@ RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay
                           "pool_size": 14}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0}  # DeFRCN's fine-tuning
 NOVEL_SHAPES = {"epochs": None, "max_steps": 200}
-# The arguments that say which model it is: a checkpoint decides them unless they are given again.
-MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "fsaf_branch", "ignore_scale",
-              "decouple", "cosine", "pool_size", "roi_samples", "proposals")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes, on the built-in set and elsewhere; the recipe's own values win.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
@@ -215,6 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--eval-every", type=int, help="steps between evaluations (default: at the end)")
     run.add_argument("--no-eval", action="store_true")
     run.add_argument("--pictures", type=int, default=8, help="evaluation draws the first N images")
+    parser.set_defaults(tower_bias=None, torchvision=False)  # only a checkpoint to start from sets these
     args = parser.parse_args(argv)
     if args.resume or args.init:  # what is not given again is what the checkpoint was trained with
         path = args.init
@@ -357,43 +352,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(path: Path, content: dict):
-    """A whole file or none: written beside its place, flushed to disk, then moved there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
-    """Weights to fine-tune from. Where the checkpoint has other classes, the class predictor is left as
-    initialised; DeFRCN's keeps the rows of the classes that both know."""
-    checkpoint = read_checkpoint(path)
-    state, own = checkpoint["model"], model.state_dict()
-    of_classes = ("head.cls_logits.", "head.anchor_logits.", "predictor.")
-    replaced = [key for key in own if key.startswith(of_classes) and checkpoint["names"] != list(names)]
-    wrong = [key for key in own
-             if key not in replaced and (key not in state or state[key].shape != own[key].shape)]
-    unlike = {key for key in set(state) ^ set(own) if key.startswith("predictor.")}  # cosine or not
-    unknown = {key for key in set(state) - set(own) if not (replaced and key.startswith(of_classes))}
-    if wrong or unknown:
-        trained = ", ".join(f"{key} {checkpoint['args'].get(key)}" for key in MODEL_ARGS)
-        raise WeightsError(f"{path}: not this model (different in "
-                           f"{(wrong or sorted(unknown))[:3]}); it was trained with {trained}")
-    model.load_state_dict({**own, **{key: value for key, value in state.items()
-                                     if key in own and key not in replaced}})
-    if replaced and isinstance(model, DeFRCN):
-        model.load_state_dict(transfer_predictor(own, state, checkpoint["names"], list(names)), strict=False)
-        kept = [name for name in names if name in checkpoint["names"] and not unlike]
-        say(f"{path} knows {len(checkpoint['names'])} classes: the predictor keeps the rows of "
-            f"{', '.join([*kept, 'background']) if kept else 'none'}, new are "
-            f"{', '.join(name for name in names if name not in kept) or 'none'}")
-    elif replaced:
-        say(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
-
 
 def rng_states(world: int) -> list[torch.Tensor]:
     state = torch.get_rng_state()
