@@ -6,18 +6,23 @@ are written out only.
 """
 import json
 import math
+import mmap
+import multiprocessing
 import os
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 PADDING, CROWD = -1, -2  # gt_labels of rows that are no object
+MAX_WORKERS = 256  # loader processes of a rank
 LISTED_PROBLEMS = 10  # how many unusable boxes are spelled out before "... and N more"
 # split: folder of its images
 EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}
@@ -543,6 +548,10 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
     Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of that image, "labels" (n,) int64,
     "image_id", "index", "original_size" (height, width)}.
     """
+    worker = get_worker_info()
+    if worker:
+        path = os.fsdecode(dataset.paths[index])
+        _held[worker.id] = os.getpid(), f"image {dataset.image_ids[index]} ({path})".encode()
     image = dataset.image(index)
     boxes, labels = dataset.objects(index, use_difficult)
     width, height = image.size
@@ -555,6 +564,28 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
         boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), axis=1)
     return {"image": np.asarray(image), "boxes": boxes, "labels": labels,
             "image_id": dataset.image_ids[index].item(), "index": index, "original_size": (height, width)}
+
+
+# Which image every loader process holds: memory that forked processes share, to be read when one has died.
+_held = np.frombuffer(mmap.mmap(-1, MAX_WORKERS * 1024), [("process", "i8"), ("image", "S1016")])
+
+
+def death_of_a_loader(error: Exception) -> str | None:
+    """One line with the image that a loader process held when it died (killed for its memory, or crashed in a
+    library); None if the error is another. torch raises it in the midst of whatever is running, or the pipe
+    to that process breaks first."""
+    if isinstance(error, (ConnectionError, EOFError)):
+        with suppress(RuntimeError):  # the same death, which torch sees now
+            time.sleep(1)
+    elif not str(error).startswith("DataLoader worker"):
+        return None
+    alive = [process.pid for process in multiprocessing.active_children()]
+    images = _held["image"][(_held["process"] > 0) & ~np.isin(_held["process"], alive)]
+    if not len(images):
+        return None
+    reason = str(error).splitlines()[0].rstrip(". ")
+    return (f"a loader process died at {images[0].decode(errors='replace')} ({reason}). Is memory short? "
+            f"Fewer --workers need less")
 
 
 def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,

@@ -44,6 +44,7 @@ from data import (
     TestSamples,
     check_pad_to,
     collate,
+    death_of_a_loader,
     open_dataset,
     read_image,
     resized_shape,
@@ -508,18 +509,53 @@ def image_folder(path: Path, names: list[str], category_ids: list[int]) -> Detec
                             np.zeros((0, 4)), none, none, none, none, none.astype(np.int64))
 
 
+class Parser(argparse.ArgumentParser):
+    """All ranks have the same arguments: one of them complains."""
+
+    def error(self, message: str):
+        if int(os.environ.get("RANK", 0)):
+            raise SystemExit(2)
+        super().error(message)
+
+
 def run_script(main):
-    """Call main(); a user's mistake ends in one line instead of a traceback."""
+    """Call main(); a user's mistake ends in one line instead of a traceback. Of the ranks of a run that fail
+    the first says why: the others fail with it, or only because it is gone."""
     try:
         main()
         if dist.is_initialized():  # after a failure it could wait for ranks that will not come
             dist.destroy_process_group()
+        return
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        reason = stop.code
+    except KeyboardInterrupt:
+        reason = "interrupted"
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: out of memory: {str(error).splitlines()[0]} Try smaller parts: "
-                         f"--micro-batch in training, --batch-size in evaluation") from None
+        reason = (f"error: out of memory: {str(error).splitlines()[0]} Try smaller parts: --micro-batch in "
+                  f"training, --batch-size in evaluation")
     except (DataError, WeightsError) as error:
         # An error in a loader's worker arrives with that worker's traceback around its message.
-        raise SystemExit(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}") from None
+        reason = f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}"
+    except Exception as error:
+        known = death_of_a_loader(error) or (isinstance(error, OSError) and error)
+        if not known and _fails_first():
+            raise
+        reason = f"error: {known}" if known else 1
+    raise SystemExit(reason if reason == 1 or _fails_first() else 1)
+
+
+def _fails_first() -> bool:
+    """Whether this rank is the first of its run to fail, counted in the store in which the ranks met."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10))
+        return store.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # rank 0 kept the store, and is gone
+        return int(os.environ["RANK"]) == 0
 
 
 def class_order(args: argparse.Namespace, info: dict, dataset: DetectionDataset) -> list[str]:
@@ -537,7 +573,7 @@ def class_order(args: argparse.Namespace, info: dict, dataset: DetectionDataset)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", help="checkpoint of train.py or of another code base (see README)")
     parser.add_argument("--original", action="store_true",
                         help="--ckpt is an FCOS of its authors' first repository, in its first form")

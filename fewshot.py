@@ -46,8 +46,9 @@ class View(DetectionDataset):
         flat = np.array([row for record in kept for row in record], np.int64)
         super().__init__(
             names, [source.category_ids[source.names.index(name)] for name in names],
-            source.image_ids[self.source_index], [], source.sizes[self.source_index], source.boxes[flat],
-            index_of[source.classes[flat]], source.areas[flat], source.crowd[flat], source.difficult[flat],
+            source.image_ids[self.source_index], source.paths[self.source_index],
+            source.sizes[self.source_index], source.boxes[flat], index_of[source.classes[flat]],
+            source.areas[flat], source.crowd[flat], source.difficult[flat],
             np.repeat(np.arange(len(kept)), [len(record) for record in kept]), source.notes, source.voc)
 
     def image(self, index: int):

@@ -37,8 +37,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backbone import ARCHITECTURES, WeightsError, load_imagenet
-from checkpoint import MODEL_ARGS, build_model, load_init, read_checkpoint, save_checkpoint
-from data import DataError, StepBatches, TrainSamples, check_pad_to, collate, open_dataset
+from checkpoint import MODEL_ARGS, build_model, load_init, read_checkpoint, save_checkpoint, whole_file
+from data import (
+    MAX_WORKERS,
+    DataError,
+    StepBatches,
+    TrainSamples,
+    check_pad_to,
+    collate,
+    open_dataset,
+)
 from defrcn import (
     ROI_GRAD_SCALE_BASE,
     ROI_GRAD_SCALE_NOVEL,
@@ -48,6 +56,7 @@ from defrcn import (
     CalibrationNet,
 )
 from evaluate import (
+    Parser,
     describe_few_shot,
     evaluate,
     make_calibration,
@@ -100,8 +109,7 @@ ADAMW = {"lr": 0.002, "weight_decay": 0.05}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments with every default filled in."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="fcos", choices=RECIPES)
     model.add_argument("--original", action="store_true",
@@ -278,6 +286,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
     for name in ("min_size", "pad_to", "proposals"):
         if min(getattr(args, name) or [1]) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {min(getattr(args, name))}")
+    if args.workers > MAX_WORKERS:
+        parser.error(f"--workers must be at most {MAX_WORKERS}, not {args.workers}")
     if args.max_steps and args.epochs:
         parser.error("give --epochs or --max-steps, not both")
     # At 32 a group norm group would be one channel: nothing to normalise on a 1 x 1 level.
@@ -353,13 +363,32 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
-def rng_states(world: int) -> list[torch.Tensor]:
-    state = torch.get_rng_state()
+def rank_states(device: torch.device, world: int, loss_sums: dict, logged: int) -> list[dict]:
+    """What every rank needs besides the checkpoint to go on exactly: random numbers, drawn on the host and on
+    the device, and the losses since the last log line."""
+    state = {"rng": {"cpu": torch.get_rng_state()}, "logged": logged,
+             "loss_sums": {name: value.cpu() for name, value in loss_sums.items()}}
+    if device.type != "cpu":
+        state["rng"][device.type] = torch.get_device_module(device).get_rng_state(device)
     if world == 1:
         return [state]
     states = [None] * world
     dist.all_gather_object(states, state)
     return states
+
+
+def trim_log(path: Path, step: int):
+    """Takes the rows after `step` out of a log.jsonl, and a last one that was cut off in writing: the resumed
+    run writes them again."""
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                rows.append(line)
+        except ValueError:
+            continue
+    with whole_file(path) as file:
+        file.writelines(rows)
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -499,11 +528,14 @@ def main():
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them train")
 
     # ---- resume
-    start = 0
+    start, logged, loss_sums = 0, 0, {}
+    size = [len(train_set), len(train_set.boxes)]
     torch.manual_seed(args.seed + rank)
     if args.resume:
         path = args.resume
         checkpoint = read_checkpoint(path)
+        if "ranks" not in checkpoint:
+            raise WeightsError(f"{path}: holds weights but no training to go on with: give it as --init")
         for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at", "stage", "shots", "generalized"):
             if key in checkpoint["args"] and settings[key] != checkpoint["args"][key]:
                 raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'][key]}, not "
@@ -523,8 +555,22 @@ def main():
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
-        if len(checkpoint["rng"]) == world:
-            torch.set_rng_state(checkpoint["rng"][rank])
+        logged = start
+        if size != checkpoint["data"]:
+            say(f"resume changes the data: {checkpoint['data'][0]} images, {checkpoint['data'][1]} boxes -> "
+                f"{size[0]}, {size[1]}")
+        if len(checkpoint["ranks"]) != world:
+            say(f"resume changes the number of ranks: {len(checkpoint['ranks'])} -> {world} (a step sees the "
+                f"same images; random numbers of dropout and sampling start afresh)")
+        else:
+            mine = checkpoint["ranks"][rank]
+            torch.set_rng_state(mine["rng"]["cpu"])
+            if device.type in mine["rng"] and device.type != "cpu":
+                torch.get_device_module(device).set_rng_state(mine["rng"][device.type], device)
+            logged = mine["logged"]
+            loss_sums = {name: value.to(device) for name, value in mine["loss_sums"].items()}
+        if rank == 0 and path.parent == args.out:
+            trim_log(args.out / "log.jsonl", start)
         say(f"resumed {path} at step {start}")
         if start >= max_steps:
             raise SystemExit(f"error: {path} is at step {start}, the run ends at {max_steps}: nothing left "
@@ -538,12 +584,12 @@ def main():
                 say(f"{args.out / name} of an earlier run is now earlier{number}_{name}")
 
     def save(step: int):
-        states = rng_states(world)
+        states = rank_states(device, world, loss_sums, logged)
         if rank > 0:
             return
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                   "scaler": scaler.state_dict(), "step": step, "rng": states, "args": settings,
-                   "names": train_set.names, "category_ids": train_set.category_ids}
+                   "scaler": scaler.state_dict(), "step": step, "ranks": states, "args": settings,
+                   "names": train_set.names, "category_ids": train_set.category_ids, "data": size}
         save_checkpoint(args.out / "last.pth", content)
         if args.keep:
             save_checkpoint(args.out / f"step_{step}.pth", content)
@@ -563,7 +609,7 @@ def main():
         batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
         collate_fn=partial(collate, divisor=model.divisor, pad_to=args.pad_to)))
     model.train()
-    loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), start
+    data_seconds, window = 0.0, time.perf_counter()
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
     for step in range(start, max_steps):
         lr = learning_rate(step, base_lr, drops, warmup_steps, recipe["warmup_factor"],
@@ -608,19 +654,19 @@ def main():
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        if done % args.log_every == 0 or done == max_steps or stopping:
+        if done % args.log_every == 0 or done == max_steps:
             steps = done - logged
             names = list(loss_sums)
             means = torch.stack([loss_sums[name] for name in names]) / steps
             if world > 1:
                 dist.all_reduce(means)
             means = dict(zip(names, (means / world).tolist()))
-            seconds = time.perf_counter() - window
+            seconds, timed = time.perf_counter() - window, done - max(logged, start)
             row = {"step": done, "epoch": round(done / batches.steps_per_epoch, 3),
                    "loss": sum(means.values()), **means, "lr": lr,
-                   "data_s": data_seconds / steps, "step_s": seconds / steps,
-                   "images_per_s": steps * args.batch_size / seconds, "memory_gb": peak_memory(device),
-                   "eta_s": (max_steps - done) * seconds / steps}
+                   "data_s": data_seconds / timed, "step_s": seconds / timed,
+                   "images_per_s": timed * args.batch_size / seconds, "memory_gb": peak_memory(device),
+                   "eta_s": (max_steps - done) * seconds / timed}
             say(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
                 + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *names))
                 + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  "

@@ -1,0 +1,267 @@
+"""Runs that are killed, interrupted, cut off from disk or workers, and spread over ranks and nodes."""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import train
+from train import trim_log
+
+TINY = ("train.py", "--device", "cpu", "--workers", 1, "--log-every", 1, "--out", "out", "--no-eval")
+TIMES = ("data_s", "step_s", "images_per_s", "memory_gb", "eta_s")
+
+
+def start(folder, *words, launcher=(), env=None):
+    """A script running in the background; what it prints is read from .stdout."""
+    command = [sys.executable, *launcher, str(ROOT / words[0]), *map(str, words[1:])]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                         "PYTHONUNBUFFERED": "1", **(env or {})})
+
+
+def rows(folder):
+    """log.jsonl without what the clock says."""
+    lines = (folder / "out" / "log.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def losses(folder):
+    return [row["loss"] for row in rows(folder)]
+
+
+def weights(folder):
+    return torch.load(folder / "out" / "last.pth", weights_only=True)
+
+
+def assert_equal_weights(one, two):
+    assert one["step"] == two["step"] and one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+
+
+# ---------------------------------------------------------------------------------------------- killed
+
+@pytest.mark.slow
+def test_twenty_kills_cost_nothing(tmp_path):
+    """kill -9 at random moments and in the middle of writing a checkpoint; then all is as without."""
+    steps = 45
+    command = (*TINY, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--max-steps", steps,
+               "--save-every", 1, "--log-every", 2)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    out = start(whole, *command).communicate(timeout=300)[0]
+    assert len(rows(whole)) == steps // 2 + 1, out
+    moments = random.Random(0)
+    in_writing = reached = 0
+    for kill in range(20):
+        resume = ("--resume",) if (killed / "out" / "last.pth").exists() else ()
+        run = start(killed, *command, *resume)
+        while not (line := run.stdout.readline()).startswith("step "):
+            assert run.poll() is None and line, f"kill {kill}: the run did not come up again"
+        time.sleep(moments.uniform(0, 0.6))
+        temporary = killed / "out" / "last.pth.tmp"
+        while kill % 2 and not (temporary.exists() and temporary.stat().st_size > 10 ** 6):
+            assert run.poll() is None, f"kill {kill}: the run came to its end"
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        in_writing += temporary.exists()
+        checkpoint = weights(killed)  # whole, whatever happened
+        assert checkpoint["step"] >= reached
+        reached = checkpoint["step"]
+    print(f"20 kills, {in_writing} of them in the middle of writing; reached step {reached} of {steps}")
+    assert in_writing >= 5 and reached < steps
+    out = start(killed, *command, "--resume").communicate(timeout=300)[0]
+    assert f"step {steps}/{steps}" in out
+    assert_equal_weights(weights(killed), weights(whole))
+    assert rows(killed) == rows(whole)
+    assert {p.name for p in (killed / "out").iterdir()} == {"last.pth", "log.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_takes_the_others_with_it(tmp_path):
+    run = start(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500,
+                launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    while not run.stdout.readline().startswith("step 3/"):
+        assert run.poll() is None
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    out = run.communicate(timeout=90)[0]
+    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in out
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    trim_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.unlink()
+    trim_log(path, 2)
+    assert path.read_text() == ""
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: the checkpoint does not fit, the log does."""
+    command = (*TINY, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--max-steps", 8)
+    start(tmp_path, *command[:-1], 2).communicate(timeout=120)
+    before = (tmp_path / "out" / "last.pth").read_bytes()
+    limited = ("-c", "import os, resource, runpy, sys; sys.argv = sys.argv[1:];"
+                     "resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, -1));"
+                     "sys.path.insert(0, os.path.dirname(sys.argv[0]));"
+                     "runpy.run_path(sys.argv[0], run_name='__main__')")
+    run = start(tmp_path, *command, "--save-every", 2, "--resume", launcher=limited)
+    out = run.communicate(timeout=120)[0]
+    assert run.returncode == 1 and "Traceback" not in out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("error: out/last.pth cannot be written") and "too large" in last
+    assert (tmp_path / "out" / "last.pth").read_bytes() == before
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pth", "log.jsonl"}
+    out = start(tmp_path, *command, "--resume").communicate(timeout=120)[0]
+    assert "step 8/8" in out and [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
+
+
+# ---------------------------------------------------------------------------------------------- workers
+
+DEADLY = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import data, evaluate, train
+
+class Deadly(data.Shapes):  # picture 7 kills the process that reads it, as the kernel does for memory
+    def image(self, index):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().image(index)
+
+data.Shapes = Deadly
+evaluate.run_script({module}.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_loader_process_that_dies_is_named_with_its_picture(tmp_path):
+    def run(module, *words):
+        (tmp_path / "deadly.py").write_text(DEADLY.format(root=str(ROOT), module=module))
+        return subprocess.run([sys.executable, "deadly.py", *map(str, words)], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    command = (*TINY[1:], "--batch-size", 2, "--min-size", 64, "--max-size", 64)
+    assert script_ok(run("train", *command, "--max-steps", 1))
+    for done in (run("evaluate", "--ckpt", "out/last.pth", "--workers", 1),
+                 run("train", *command, "--train-split", "val", "--max-steps", 100)):
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert last.startswith("error: a loader process died at image 8 (shapes_val_00007) (")
+
+
+def script_ok(done):
+    assert done.returncode == 0, done.stderr
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--batch-size", 3), "error: --batch-size 3 is not divisible by 2 ranks"),
+    (("--data", "nowhere", "--batch-size", 4), "error: data folder nowhere does not exist"),
+    (("--batch-size", -4), "error: --batch-size must be positive")])
+def test_of_several_ranks_one_says_why(script, words, message):
+    code, out, err = script(*TINY, *words, "--max-steps", 2, ranks=2)
+    assert code != 0 and (out + err).count(message) == 1, err
+    assert err.count("Traceback") == 1 and "ChildFailedError" in err  # torchrun's own
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_stops_all_with_its_reason_once(script, tmp_path, coco_mini):
+    """One broken picture, which one of two ranks meets in the middle of the run."""
+    folder = tmp_path / "coco"
+    (folder / "train2017").mkdir(parents=True)
+    (folder / "annotations").symlink_to(coco_mini / "annotations")
+    for number, picture in enumerate(sorted((coco_mini / "train2017").iterdir())):
+        if number == 50:
+            (folder / "train2017" / picture.name).write_bytes(b"\xff\xd8 this is no picture")
+        else:
+            (folder / "train2017" / picture.name).symlink_to(picture)
+    began = time.time()
+    code, out, err = script(*TINY, "--data", folder, "--weights", "none", "--backbone", "resnet18",
+                            "--fpn-channels", 64, "--min-size", 64, "--max-size", 96, "--batch-size", 2,
+                            "--max-steps", 111, ranks=2, timeout=200)
+    assert code != 0 and "step 1/111" in out and "step 111/" not in out and time.time() - began < 120
+    assert (out + err).count("cannot be read as a picture") == 1
+    assert err.count("Traceback") == 1 and "ChildFailedError" in err  # torchrun's own
+
+
+SPREAD = (*TINY, "--batch-size", 16, "--min-size", 64, "--max-size", 64, "--norm", "affine", "--max-steps", 4)
+
+
+@pytest.mark.slow
+def test_sixteen_images_are_sixteen_images_on_1_2_or_4_ranks(script, tmp_path):
+    found = {}
+    for ranks in (1, 2, 4):
+        code, out, err = script(*SPREAD, ranks=ranks)
+        assert code == 0 and f"batch 16 = {ranks} rank(s)" in out, err
+        found[ranks] = losses(tmp_path)
+    for ranks in (2, 4):
+        assert found[ranks] == pytest.approx(found[1], rel=5e-4)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_two_ranks_of_one(script, tmp_path):
+    code, _, err = script(*SPREAD, ranks=2)
+    assert code == 0, err
+    expected = losses(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    agent = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test")
+    nodes = [start(tmp_path, *SPREAD, launcher=agent) for _ in range(2)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum("batch 16 = 2 rank(s)" in out for out in outputs) == 1  # rank 0 speaks, on one of the nodes
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_resuming_says_what_changes(script, tmp_path):
+    command = (*TINY, "--min-size", 64, "--max-size", 64)
+    assert script(*command, "--batch-size", 4, "--max-steps", 2, ranks=2)[0] == 0
+    code, out, err = script(*command, "--batch-size", 2, "--max-steps", 3, "--train-split", "val", "--resume")
+    assert code == 0, err
+    assert "resume changes the number of ranks: 2 -> 1" in out
+    assert "resume changes batch_size: 4 -> 2" in out and "resume changes train_split: train -> val" in out
+    assert re.search(r"resume changes the data: 4000 images, 12761 boxes -> 200, \d+", out)
+
+
+@pytest.mark.slow
+def test_an_interruption_of_one_rank_stops_all_after_the_step(tmp_path):
+    run = start(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500, "--log-every", 3,
+                launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    while not run.stdout.readline().startswith("step 3/"):
+        assert run.poll() is None
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    with suppress(ProcessLookupError):
+        os.kill(int(ranks[1]), signal.SIGTERM)
+    out = run.communicate(timeout=90)[0]
+    assert run.returncode == 0 and "interrupted: saved out/last.pth" in out
+    assert 3 <= weights(tmp_path)["step"] < 500
+
+
+def test_a_file_without_a_training_state_cannot_be_resumed(tmp_path, mistake):
+    model = train.build_model(vars(train.parse_args(["--max-steps", "2"])), 8)
+    content = {"model": model.state_dict(), "step": 0, "names": list(data.OUTLINES), "category_ids": [1],
+               "args": {key: str(value) if key == "out" else value
+                        for key, value in vars(train.parse_args(["--max-steps", "2"])).items()}}
+    train.save_checkpoint(tmp_path / "last.pth", content)
+    line = mistake(train.main, "--resume", tmp_path / "last.pth", "--device", "cpu")
+    assert "last.pth: holds weights but no training to go on with: give it as --init" in line
