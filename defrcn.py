@@ -212,10 +212,13 @@ def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Ten
     scores, best = objectness.topk(min(pre_nms_top_k, len(objectness)))
     boxes = clip_boxes(decode_boxes(deltas[best], anchors[best]), *size)
     usable = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1) & scores.isfinite()
-    boxes, scores = boxes[usable], scores[usable]
-    boxes = boxes[nms(boxes, scores, RPN_NMS_THRESHOLD)[:post_nms_top_k]]
-    real = torch.arange(post_nms_top_k, device=boxes.device) < len(boxes)
-    return F.pad(boxes, (0, 0, 0, post_nms_top_k - len(boxes))), real
+    # What is not usable becomes an empty box: it suppresses nothing and comes last.
+    boxes, scores = torch.where(usable[:, None], boxes, 0.0), torch.where(usable, scores, -math.inf)
+    kept = nms(boxes, scores, RPN_NMS_THRESHOLD)
+    # Filled up before it is cut: a fixed number of rows, also for torch.export.
+    kept = torch.cat((kept, kept.new_full((post_nms_top_k,), -1)))[:post_nms_top_k]
+    real = (kept >= 0) & usable[kept]
+    return torch.where(real[:, None], boxes[kept], 0.0), real
 
 
 # ---------------------------------------------------------------------------------------------- RoI head
@@ -303,18 +306,30 @@ def roi_losses(logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor,
             "box": torch.where(positive[:, None], box_loss, 0.0).sum() / count}
 
 
+def roi_candidates(logits: Tensor, deltas: Tensor, proposals: Tensor, real: Tensor,
+                   score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes into NMS: every class of every RoI of one image, each with a box of its own.
+
+    logits (R, C + 1), deltas (R, C, 4), proposals (R, 4) px, real (R,) bool. Returns boxes (R * C, 4) px,
+    scores (R * C,), 0 where not above the threshold or not real, labels (R * C,) int64.
+    """
+    scores = logits.softmax(dim=-1)[:, :-1]
+    boxes = decode_boxes(deltas / deltas.new_tensor(DELTA_WEIGHTS), proposals[:, None])
+    scores = torch.where(real[:, None] & (scores > score_threshold), scores, 0.0)
+    labels = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
+    return boxes.flatten(0, 1), scores.flatten(), labels
+
+
 def roi_detections(logits: Tensor, deltas: Tensor, proposals: Tensor, size: Tensor,
                    score_threshold: float) -> dict[str, Tensor]:
     """Detections of one image from logits (R, C + 1), deltas (R, C, 4) and proposals (R, 4) px.
 
-    size: (2,) height, width without padding. Every class has its own box for a RoI. Returns {"boxes" (N, 4),
-    "scores" (N,), "labels" (N,) int64}, best first; N may be 0.
+    size: (2,) height, width without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64},
+    best first; N may be 0.
     """
-    scores = logits.softmax(dim=-1)[:, :-1]
-    boxes = decode_boxes(deltas / deltas.new_tensor(DELTA_WEIGHTS), proposals[:, None])
-    roi, label = (scores > score_threshold).nonzero(as_tuple=True)
-    return final_detections(boxes[roi, label], scores[roi, label], label, *size, NMS_THRESHOLD,
-                            MAX_DETECTIONS)
+    real = torch.ones_like(proposals[:, 0], dtype=torch.bool)
+    candidates = roi_candidates(logits, deltas, proposals, real, score_threshold)
+    return final_detections(*candidates, *size, NMS_THRESHOLD, MAX_DETECTIONS)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -406,6 +421,11 @@ class DeFRCN(nn.Module):
         logits, deltas = self.predict(roi_feature, proposals)
         return {"proposals": proposals, "real": real, "logits": logits.unflatten(0, real.shape),
                 "deltas": deltas.unflatten(0, real.shape)}
+
+    def candidates(self, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`roi_candidates` of all images: fixed shapes, for `export.py`."""
+        return [roi_candidates(*image, self.score_threshold) for image in
+                zip(*(outputs[name] for name in ("logits", "deltas", "proposals", "real")))]
 
     def detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         found = []

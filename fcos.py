@@ -222,26 +222,20 @@ def fcos_decode(points: Tensor, ltrb: Tensor) -> Tensor:
     return torch.cat((points - ltrb[..., :2], points + ltrb[..., 2:]), dim=-1)
 
 
-def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_sizes: list[int], height, width,
-                    score_threshold: float, nms_threshold: float,
-                    torchvision: bool = False) -> dict[str, Tensor]:
-    """Detections of one image.
+def fcos_candidates(logits: Tensor, boxes: Tensor, centerness: Tensor, level_sizes: list[int],
+                    score_threshold: float, torchvision: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes into NMS: per level the PRE_NMS_TOP_K (point, class) pairs with the best class score.
 
-    Per level the PRE_NMS_TOP_K (point, class) pairs with the best class score above the threshold
-    stay; the score becomes class score x centerness; then NMS. torchvision: the score is the square root of
-    that product from the start.
-
-    logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. height,
-    width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,)
-    int64}, best first; N may be 0.
+    logits (P, C), boxes (P, 4) px, centerness logits (P,). level_sizes: points per level. Returns boxes
+    (M, 4) px; scores (M,), class score x centerness, 0 where the class score is not above the threshold;
+    labels (M,) int64. M does not depend on values. torchvision: the square root of that product is the score
+    from the start.
     """
     scores, centerness = logits.sigmoid(), centerness.sigmoid()
     if torchvision:
         scores = (scores * centerness[:, None]).sqrt()
     point, labels, scores = best_pairs(scores, level_sizes, PRE_NMS_TOP_K, score_threshold)
-    if not torchvision:
-        scores = scores * centerness[point]
-    return final_detections(boxes[point], scores, labels, height, width, nms_threshold, MAX_DETECTIONS)
+    return boxes[point], scores if torchvision else scores * centerness[point], labels
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -307,14 +301,18 @@ class FCOS(nn.Module):
         return fcos_losses(outputs["logits"], outputs["ltrb"], outputs["centerness"], labels, target_ltrb,
                            self.original)
 
-    def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
-        points, strides, _ = image_points(outputs["shapes"], sizes.device, self.torchvision)
+    def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`fcos_candidates` of all images."""
+        points, strides, _ = image_points(outputs["shapes"], outputs["ltrb"].device, self.torchvision)
         ltrb = outputs["ltrb"] if self.original else outputs["ltrb"] * strides[:, None]
-        boxes = fcos_decode(points, ltrb)
         level_sizes = [height * width for height, width in outputs["shapes"]]
-        return [fcos_detections(outputs["logits"][i], boxes[i], outputs["centerness"][i], level_sizes,
-                                *sizes[i], self.score_threshold, self.nms_threshold, self.torchvision)
-                for i in range(len(sizes))]
+        return [fcos_candidates(*image, level_sizes, self.score_threshold, self.torchvision) for image in
+                zip(outputs["logits"], fcos_decode(points, ltrb), outputs["centerness"])]
+
+    def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """`candidates` after NMS."""
+        return [final_detections(*image, *size, self.nms_threshold, MAX_DETECTIONS)
+                for image, size in zip(self.candidates(outputs), sizes)]
 
 
 # ---------------------------------------------------------------------------------- other people's weights

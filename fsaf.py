@@ -472,27 +472,35 @@ class FSAF(nn.Module):
         level_sizes = [height * width for height, width in outputs["shapes"]]
         return outputs["logits"], boxes, targets, gt_boxes, gt_labels, level_sizes
 
-    def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Both branches' best pairs of every level, one class-wise NMS for all."""
+    def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What goes into NMS: both branches' best pairs of every level.
+
+        Of every image boxes (M, 4) px, scores (M,), 0 where not above the threshold, labels (M,) int64. M
+        does not depend on values.
+        """
         level_sizes = [height * width for height, width in outputs["shapes"]]
         branches = []  # logits (B, rows, C), boxes (B, rows, 4), rows per level
         if self.head.free:
-            points, strides = image_points(outputs["shapes"], sizes.device)
+            points, strides = image_points(outputs["shapes"], outputs["tblr"].device)
             branches.append((outputs["logits"], fsaf_decode(points, strides, outputs["tblr"]), level_sizes))
         if self.head.anchor:
             anchors = image_anchors(self.base_anchors, outputs["shapes"], self.torchvision)
             branches.append((outputs["anchor_logits"], decode_boxes(outputs["anchor_deltas"], anchors),
                              [size * self.base_anchors.shape[1] for size in level_sizes]))
         found = []
-        for i in range(len(sizes)):
-            candidates = []
+        for i in range(len(branches[0][0])):
+            parts = []
             for logits, boxes, rows in branches:
                 row, labels, scores = best_pairs(logits[i].sigmoid(), rows, PRE_NMS_TOP_K,
                                                  self.score_threshold)
-                candidates.append((boxes[i][row], scores, labels))
-            found.append(final_detections(*(torch.cat(parts) for parts in zip(*candidates)), *sizes[i],
-                                          self.nms_threshold, MAX_DETECTIONS))
+                parts.append((boxes[i][row], scores, labels))
+            found.append(tuple(torch.cat(part) for part in zip(*parts)))
         return found
+
+    def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """One class-wise NMS for the candidates of all levels and branches."""
+        return [final_detections(*image, *size, self.nms_threshold, MAX_DETECTIONS)
+                for image, size in zip(self.candidates(outputs), sizes)]
 
 
 def _inside(points: Tensor, sizes: Tensor) -> Tensor:

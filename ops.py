@@ -252,7 +252,7 @@ def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tenso
     k the first k boxes are final, so the fixed point is the greedy answer, and it is reached in a few rounds.
     """
     order = scores.float().argsort(descending=True, stable=True)
-    boxes, threshold = boxes.float()[order], _float32_below(iou_threshold)
+    boxes, threshold = boxes.float()[order], float32_below(iou_threshold)
     labels = None if labels is None else labels[order]
 
     def suppresses(better: Tensor, worse: Tensor) -> Tensor:  # (N,), (M,) positions -> (N, M) bool
@@ -283,9 +283,10 @@ def _torchvision_ops(device_type: str):
     return torchvision.ops
 
 
-def _float32_below(value: float) -> float:
+def float32_below(value: float) -> float:
+    """The largest float32 that is not above the value."""
     # torchvision compares a float32 IoU with a double threshold; torch rounds the threshold to float32 first.
-    # With the largest float32 that is <= the threshold, ">" decides alike (IoU of exactly 3/5 against 0.6).
+    # With this number ">" decides alike (IoU of exactly 3/5 against 0.6).
     rounded = torch.tensor(value, dtype=torch.float32)
     if rounded.item() > value:
         rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
@@ -297,10 +298,11 @@ def _float32_below(value: float) -> float:
 def best_pairs(scores: Tensor, level_sizes: list[int], top_k: int,
                score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a one-stage detector hands on to NMS: per level the `top_k` (point, class) pairs with the best
-    score, if above the threshold.
+    score.
 
     scores: (P, C) of one image, level by level; level_sizes: L numbers that add up to P. Returns point
-    index (M,) int64, label (M,) int64, score (M,).
+    index (M,) int64, label (M,) int64, score (M,), 0 where it is not above the threshold: M is the same for
+    all images of a size.
     """
     # DIFFERS: mmdetection 3.x's choice. mmdetection 2.x keeps the points with the best class and all classes
     # of each; its FCOS and AdelaiDet rank by the product with centerness.
@@ -308,24 +310,31 @@ def best_pairs(scores: Tensor, level_sizes: list[int], top_k: int,
     kept = []
     first = 0
     for size in level_sizes:
-        best, pair = scores[first:first + size].flatten().topk(min(top_k, size * num_classes))
-        kept.append(pair[best > score_threshold] + first * num_classes)
+        pair = scores[first:first + size].flatten().topk(min(top_k, size * num_classes)).indices
+        kept.append(pair + first * num_classes)
         first += size
     pair = torch.cat(kept)
     point, label = pair // num_classes, pair % num_classes
-    return point, label, scores[point, label]
+    best = scores[point, label]
+    return point, label, torch.where(best > score_threshold, best, 0.0)
+
+
+def clip_candidates(boxes: Tensor, scores: Tensor, height, width) -> tuple[Tensor, Tensor]:
+    """Boxes (M, 4) cut to the image of height, width px; scores (M,), 0 for a box that is empty then."""
+    boxes = clip_boxes(boxes, height, width)
+    return boxes, torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1), scores, 0.0)
 
 
 def final_detections(boxes: Tensor, scores: Tensor, labels: Tensor, height, width, nms_threshold: float,
                      count: int) -> dict[str, Tensor]:
-    """Candidates (M, 4) px, (M,), (M,) of one image, clipped to it, without empty boxes, after class-wise
-    NMS: the `count` best.
+    """Candidates (M, 4) px, (M,), (M,) of one image, clipped to it, without empty boxes and those of score 0,
+    after class-wise NMS: the `count` best.
 
     height, width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64},
     best first; N may be 0.
     """
-    boxes = clip_boxes(boxes, height, width)
-    not_empty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    boxes, scores, labels = boxes[not_empty], scores[not_empty], labels[not_empty]
+    boxes, scores = clip_candidates(boxes, scores, height, width)
+    usable = scores > 0
+    boxes, scores, labels = boxes[usable], scores[usable], labels[usable]
     keep = batched_nms(boxes, scores, labels, nms_threshold)[:count]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
