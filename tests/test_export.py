@@ -1,0 +1,268 @@
+"""What the ONNX files hold, as onnxruntime runs them, against the models themselves."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import export
+import fsaf
+from defrcn import DeFRCN
+from evaluate import build_model
+from export import OneImage, compare, fit, nms_threshold, write_onnx
+from fcos import FCOS
+from fsaf import FSAF
+from ops import batched_nms, final_detections
+from train import parse_args, save_checkpoint
+
+NAMES = ["a", "b", "c", "d", "e"]
+SMALL = {"backbone": "resnet18", "fpn_channels": 64}
+C4 = {"backbone": "resnet18", "caffe": False, "post_nms_top_k": (100, 30)}
+MODELS = {
+    "fcos": lambda: FCOS(5, **SMALL),
+    "fcos-original": lambda: FCOS(5, original=True, **SMALL),
+    "fsaf": lambda: FSAF(5, **SMALL),
+    "fsaf-joint": lambda: FSAF(5, joint=True, **SMALL),
+    "fsaf-anchor": lambda: FSAF(5, anchor_only=True, **SMALL),
+    "defrcn": lambda: DeFRCN(5, **C4),
+    "faster_rcnn": lambda: DeFRCN(5, decouple=False, pool_size=14, **C4),
+}
+HEIGHT, WIDTH = 96, 128
+
+
+def detecting(model, cls_std=0.05, seed=0):
+    """The model with weights under which it detects much, of several classes and sizes."""
+    torch.manual_seed(seed)
+    model.pixel_std.fill_(58.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn3.weight"):  # else the features of a deep network without statistics overflow
+            nn.init.constant_(parameter, 0.2)
+        if name.endswith(("logits.weight", "ltrb.weight", "tblr.weight", "anchor_deltas.weight",
+                          "rpn.deltas.weight", "objectness.weight", "predictor.deltas.weight")):
+            nn.init.normal_(parameter, std=0.05)
+        if name.endswith("cls_score.weight"):
+            nn.init.normal_(parameter, std=cls_std)
+        if name.endswith("logits.bias"):
+            nn.init.constant_(parameter, -2.0)
+    return model.eval()
+
+
+def pictures(height, width):
+    """Noise that fills the input, noise in a part of it, and an input without a picture."""
+    noise = torch.randint(256, (1, 3, height, width), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
+    return [(noise, torch.tensor([size])) for size in
+            ((height, width), (height * 2 // 3, width - 9), (0, 0))]
+
+
+def need_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+
+
+def assert_same_file(model, height, width, path, nms, names=NAMES):
+    """Exports, and compares outputs for the `pictures`; the first two must show something."""
+    need_onnx()
+    write_onnx(model, names, height, width, path, nms)
+    run = export.run_onnx(path)
+    for (image, sizes), something in zip(pictures(height, width), (True, True, False)):
+        boxes, scores, labels = outputs = run(image, sizes)
+        with torch.inference_mode():
+            expected = model(image, sizes)[0]
+        assert boxes.shape == (len(scores), 4) and labels.shape == scores.shape
+        assert boxes.dtype == scores.dtype == torch.float32 and labels.dtype == torch.int64
+        if nms:
+            assert len(scores) == 100 and (scores[:-1] >= scores[1:]).all()
+            assert ((labels == -1) == (scores == 0)).all() and (boxes[scores == 0] == 0).all()
+            found = {key: value[scores > 0] for key, value in
+                     (("boxes", boxes), ("scores", scores), ("labels", labels))}
+        else:
+            found = final_detections(*outputs, *sizes[0], nms_threshold(model), 100)
+        lonely, px, score = compare(expected, found)
+        assert lonely == 0 and px < 0.01 and score < 1e-4
+        assert (len(found["boxes"]) >= 10 and len(found["labels"].unique()) > 1) == something
+        assert something or len(found["boxes"]) == 0
+
+
+# ---------------------------------------------------------------------------- the graph, without ONNX
+
+@pytest.mark.parametrize("form", MODELS)
+def test_the_graph_gives_what_the_model_detects(form):
+    model = detecting(MODELS[form]())
+    counts = set()
+    for image, sizes in pictures(HEIGHT, WIDTH):
+        with torch.inference_mode():
+            expected = model(image, sizes)[0]
+            boxes, scores, labels = OneImage(model, NAMES)(image, sizes)
+            best = OneImage(model, NAMES, nms=True)(image, sizes)
+        counts.add(len(scores))
+        for outputs in ((boxes, scores, labels), best):
+            found = final_detections(*outputs, *sizes[0], nms_threshold(model), 100)
+            torch.testing.assert_close(found, expected)
+        assert (best[2] >= 0).sum() == len(expected["boxes"])
+        width_height = sizes[0].flip(0).repeat(2)
+        assert (boxes >= 0).all() and (boxes <= width_height).all()
+    assert len(counts) == 1  # the number of candidates does not depend on the picture
+
+
+def test_only_the_best_candidates_leave_a_model_that_has_too_many(monkeypatch):
+    model = detecting(MODELS["defrcn"]())  # 30 proposals x 5 classes
+    image, sizes = pictures(HEIGHT, WIDTH)[0]
+    monkeypatch.setattr(export, "MAX_CANDIDATES", 70)
+    with torch.inference_mode():
+        scores = model.candidates(model.network(image, sizes))[0][1]
+        boxes, kept, labels = OneImage(model, NAMES)(image, sizes)
+    assert len(scores) == 150 and torch.equal(kept, scores.sort(descending=True).values[:70])
+    assert len(boxes) == len(labels) == 70
+
+
+# ---------------------------------------------------------------------------- the files
+
+@pytest.mark.parametrize(("form", "nms"), [("fsaf-joint", True), ("defrcn", True)])
+def test_onnxruntime_finds_what_pytorch_finds(form, nms, tmp_path, monkeypatch):
+    monkeypatch.setattr(fsaf, "TOWER_CONVS", 1)  # for speed
+    assert_same_file(detecting(MODELS[form]()), HEIGHT, WIDTH, tmp_path / "m.onnx", nms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nms", [False, True])
+@pytest.mark.parametrize("form", MODELS)
+def test_every_form_in_onnxruntime(form, nms, tmp_path):
+    assert_same_file(detecting(MODELS[form]()), HEIGHT, WIDTH, tmp_path / "m.onnx", nms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "size", "cls_std"), [
+    (lambda: FCOS(80), (512, 672), None), (lambda: FSAF(80, joint=True), (512, 672), None),
+    (lambda: DeFRCN(60), (608, 800), 0.3)])
+def test_published_sizes(make, size, cls_std, tmp_path):
+    model = detecting(make(), cls_std)
+    names = [str(i) for i in range(60 if cls_std else 80)]
+    assert_same_file(model, *size, tmp_path / "m.onnx", True, names)
+
+
+class PixelsAsBoxes(nn.Module):
+    """A detector whose candidates are the pixels: x, y, width, height, label and score of 512 boxes. Boxes
+    of whole pixels often have an IoU of exactly 3/5."""
+
+    divisor, nms_threshold = 1, 0.6
+
+    def network(self, image, sizes):
+        return image.flatten().view(6, -1)
+
+    def candidates(self, values):
+        x, y, w, h = (values[:4] // 16).float()
+        tie_break = torch.arange(values.shape[1]) * 1e-5
+        boxes = torch.stack((x, y, x + w, y + h), dim=-1)
+        return [(boxes, values[5] / 256 + tie_break, (values[4] % 5).long())]
+
+
+def test_nms_in_onnx_is_class_wise_and_decides_alike_at_the_threshold(tmp_path):
+    need_onnx()
+    model = PixelsAsBoxes()
+    write_onnx(model, NAMES, 32, 32, tmp_path / "nms.onnx", nms=True)
+    run, sizes = export.run_onnx(tmp_path / "nms.onnx"), torch.tensor([[32, 32]])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        image = torch.randint(256, (1, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        boxes, scores, labels = model.candidates(model.network(image, sizes))[0]
+        usable = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        boxes, scores, labels = boxes[usable], scores[usable], labels[usable]
+        kept = batched_nms(boxes, scores, labels, 0.6)[:100]
+        found = run(image, sizes)
+        assert torch.equal(found[0], boxes[kept]) and torch.equal(found[2], labels[kept])
+        assert torch.equal(found[1], scores[kept]) and len(kept) == 100
+
+
+def assert_fixed_shapes_and_class_names(path):
+    import onnx
+
+    content = onnx.load(path)
+    onnx.checker.check_model(content, full_check=True)
+    assert [(o.domain, o.version) for o in content.opset_import] == [("", export.OPSET)]
+    assert json.loads({p.key: p.value for p in content.metadata_props}["names"]) == NAMES
+    inferred = onnx.shape_inference.infer_shapes(content, strict_mode=True).graph
+    values = [*inferred.input, *inferred.output, *inferred.value_info]
+    assert len(values) > 100
+    assert all(d.HasField("dim_value") for v in values for d in v.type.tensor_type.shape.dim)
+    assert not {"NonMaxSuppression", "NonZero", "Loop", "If"} & {node.op_type for node in inferred.node}
+    assert [i.name for i in inferred.input] == ["image", "sizes"]
+
+
+# ---------------------------------------------------------------------------- the script
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    args = parse_args(["--backbone", "resnet18", "--fpn-channels", "64", "--weights", "none"])
+    args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    path, model = tmp_path_factory.mktemp("run") / "last.pth", detecting(build_model(args, 5))
+    save_checkpoint(path, {"model": model.state_dict(), "args": args, "names": NAMES,
+                           "category_ids": [1, 2, 3, 4, 5], "step": 1})
+    return path
+
+
+def test_the_script_writes_and_checks_a_file(checkpoint, tmp_path, monkeypatch, capsys):
+    need_onnx()
+    Image.effect_noise((200, 90), 60).save(tmp_path / "photo.png")
+    words = ["--ckpt", checkpoint, "--size", 64, 96, "--out", "new/m.onnx", "--check", "photo.png"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+    export.main()
+    first, noise, photo = capsys.readouterr().out.splitlines()
+    assert first.startswith("new/m.onnx: ") and first.endswith(f" MB, opset {export.OPSET}, 5 classes")
+    for line, name in ((noise, "noise"), (photo, "photo.png")):
+        assert line.startswith(f"{name}: 100 detections in PyTorch, 100 in onnxruntime; largest difference ")
+        assert line.endswith("; 0 without a partner")
+
+    assert_fixed_shapes_and_class_names(tmp_path / "new/m.onnx")
+    other = detecting(MODELS["fcos"](), seed=1)
+    with pytest.raises(ValueError, match="new/m.onnx: does not detect what the checkpoint does"):
+        export.check(Path("new/m.onnx"), other, export.check_inputs(64, 96, []))
+
+
+def test_a_picture_is_fitted_into_the_upper_left_corner(tmp_path):
+    Image.new("RGB", (40, 10), (9, 8, 7)).save(tmp_path / "wide.png")
+    image, sizes = fit(tmp_path / "wide.png", 64, 96)
+    assert sizes.tolist() == [[24, 96]] and image.shape == (1, 3, 64, 96)
+    assert (image[0, :, :24].flatten(1) == torch.tensor([[9], [8], [7]])).all()
+    assert (image[0, :, 24:] == 0).all()
+
+
+def test_detections_are_compared_label_by_label():
+    mine = {"boxes": torch.tensor([[0., 0., 9., 9.], [5., 5., 8., 8.]]), "scores": torch.tensor([0.9, 0.5]),
+            "labels": torch.tensor([1, 2])}
+    theirs = {"boxes": torch.tensor([[5., 5., 8., 8.], [0., 0., 9., 9.25]]), "labels": torch.tensor([3, 1]),
+              "scores": torch.tensor([0.5, 0.899])}
+    # The second of the one and the first of the other have the same box but different labels.
+    lonely, px, score = compare(mine, theirs)
+    assert (lonely, px) == (2, 0.25) and score == pytest.approx(0.001, rel=1e-4)
+    none = {key: value[:0] for key, value in mine.items()}
+    assert compare(mine, none) == compare(none, mine) == (2, 0.0, 0.0)
+    assert compare(none, none) == (0, 0.0, 0.0)
+
+
+def test_a_missing_package_is_named_in_one_line(checkpoint, mistake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    line = mistake(export.main, "--ckpt", checkpoint, "--size", 64, 96, "--out", "m.onnx")
+    assert line == ("error: export.py needs onnx and onnxscript: pip install onnx onnxscript onnxruntime "
+                    "(import of onnx halted; None in sys.modules)")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--ckpt", "no.pth"], "error: checkpoint no.pth does not exist"),
+    (["--size", 64, 100], "error: --size 64 100: both must be multiples of 32"),
+    (["--size", 0, 64], "error: --size must be positive, --out a file, not [0, 64], m.onnx"),
+    (["--out", "file/m.onnx"], "error: --out file: cannot be used as a folder"),
+    (["--out", "."], "error: --size must be positive, --out a file, not [64, 96], ."),
+    (["--check", "no.jpg"], "error: no.jpg: cannot be read as a picture"),
+])
+def test_mistakes_end_in_one_line(checkpoint, mistake, tmp_path, words, message):
+    need_onnx()
+    (tmp_path / "file").touch()
+    given = dict(zip(("--ckpt", "--size", "--out"), ([checkpoint], [64, 96], ["m.onnx"])))
+    given[words[0]] = words[1:]
+    line = mistake(export.main, *[word for flag, values in given.items() for word in (flag, *values)])
+    assert message in line and "\n" not in line[line.index("error:"):].rstrip()
