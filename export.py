@@ -131,7 +131,7 @@ def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path
         program.model.metadata_props["names"] = json.dumps(names)
         program.save(path, external_data=False)
     except torch.onnx.OnnxExporterError as error:
-        raise DataError(f"torch.onnx could not write the detector: {error}") from error
+        raise DataError(f"torch.onnx could not write the detector: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise DataError(f"--out {path}: cannot be written ({error})") from error
 
