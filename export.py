@@ -19,7 +19,6 @@ import os
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch: see evaluate.py
 
-import argparse
 import importlib
 import json
 import warnings
@@ -32,8 +31,9 @@ from torch import Tensor, nn
 
 import defrcn
 import ops
+from checkpoint import load_model, whole_file
 from data import DataError, read_image
-from evaluate import load_model, make_folder, run_script
+from evaluate import Parser, make_folder, run_script
 from ops import batched_nms, clip_candidates, final_detections, float32_below
 
 # What torch.onnx writes by itself: to older ones it has to convert. RoiAlign's half-pixel form needs 16, and
@@ -112,7 +112,7 @@ def import_onnx(*names: str):
 
 
 def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path: Path, nms: bool = False):
-    """The detector in evaluation mode as an ONNX file; names: class names. Raises DataError."""
+    """The detector in evaluation mode as an ONNX file; names: class names. Raises DataError, OSError."""
     import_onnx("onnx", "onnxscript")
     if height % model.divisor or width % model.divisor:
         raise DataError(f"--size {height} {width}: both must be multiples of {model.divisor}")
@@ -128,12 +128,11 @@ def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path
                 graph, example, dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=["image", "sizes"], output_names=["boxes", "scores", "labels"],
                 custom_translation_table={torch.ops.detectors.class_nms.default: onnx_class_nms})
-        program.model.metadata_props["names"] = json.dumps(names)
-        program.save(path, external_data=False)
     except torch.onnx.OnnxExporterError as error:
         raise DataError(f"torch.onnx could not write the detector: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise DataError(f"--out {path}: cannot be written ({error})") from error
+    program.model.metadata_props["names"] = json.dumps(names)
+    with whole_file(path) as file:
+        file.write(program.model_proto.SerializeToString())
 
 
 # ---------------------------------------------------------------------------------------------- check
@@ -195,7 +194,7 @@ def check(path: Path, model: nn.Module, inputs: list[tuple]):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py")
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="input, px")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")

@@ -238,6 +238,18 @@ def fcos_candidates(logits: Tensor, boxes: Tensor, centerness: Tensor, level_siz
     return boxes[point], scores if torchvision else scores * centerness[point], labels
 
 
+def fcos_detections(logits: Tensor, boxes: Tensor, centerness: Tensor, level_sizes: list[int], height, width,
+                    score_threshold: float, nms_threshold: float,
+                    torchvision: bool = False) -> dict[str, Tensor]:
+    """Detections of one image: `fcos_candidates` after NMS.
+
+    height, width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,)
+    int64}, best first; N may be 0.
+    """
+    candidates = fcos_candidates(logits, boxes, centerness, level_sizes, score_threshold, torchvision)
+    return final_detections(*candidates, height, width, nms_threshold, MAX_DETECTIONS)
+
+
 # ---------------------------------------------------------------------------------------------- model
 
 class FCOS(nn.Module):
@@ -301,18 +313,22 @@ class FCOS(nn.Module):
         return fcos_losses(outputs["logits"], outputs["ltrb"], outputs["centerness"], labels, target_ltrb,
                            self.original)
 
-    def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`fcos_candidates` of all images."""
+    def _decoded(self, outputs: dict) -> list[tuple]:
+        """Of every image logits (P, C), boxes (P, 4) px, centerness (P,) and points per level."""
         points, strides, _ = image_points(outputs["shapes"], outputs["ltrb"].device, self.torchvision)
         ltrb = outputs["ltrb"] if self.original else outputs["ltrb"] * strides[:, None]
         level_sizes = [height * width for height, width in outputs["shapes"]]
-        return [fcos_candidates(*image, level_sizes, self.score_threshold, self.torchvision) for image in
+        return [(*image, level_sizes) for image in
                 zip(outputs["logits"], fcos_decode(points, ltrb), outputs["centerness"])]
 
+    def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`fcos_candidates` of all images."""
+        return [fcos_candidates(*image, self.score_threshold, self.torchvision)
+                for image in self._decoded(outputs)]
+
     def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
-        """`candidates` after NMS."""
-        return [final_detections(*image, *size, self.nms_threshold, MAX_DETECTIONS)
-                for image, size in zip(self.candidates(outputs), sizes)]
+        return [fcos_detections(*image, *size, self.score_threshold, self.nms_threshold, self.torchvision)
+                for image, size in zip(self._decoded(outputs), sizes)]
 
 
 # ---------------------------------------------------------------------------------- other people's weights

@@ -10,13 +10,13 @@ from torch import nn
 
 import export
 import fsaf
+from checkpoint import build_model, save_checkpoint
 from defrcn import DeFRCN
-from evaluate import build_model
 from export import OneImage, compare, fit, nms_threshold, write_onnx
 from fcos import FCOS
 from fsaf import FSAF
 from ops import batched_nms, final_detections
-from train import parse_args, save_checkpoint
+from train import parse_args
 
 NAMES = ["a", "b", "c", "d", "e"]
 SMALL = {"backbone": "resnet18", "fpn_channels": 64}
