@@ -184,7 +184,8 @@ def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tenso
     torchvision_ops = _torchvision_ops(features.device.type)
     if torchvision_ops:
         return torchvision_ops.roi_align(features, list(boxes), size, scale, sampling_ratio=-1, aligned=True)
-    return roi_align_plain(features, boxes, size, scale)
+    with torch.autocast(features.device.type, enabled=False):  # its products are of coordinates, too
+        return roi_align_plain(features, boxes, size, scale)
 
 
 def roi_align_plain(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
