@@ -69,6 +69,11 @@ def build_model(args: dict, num_classes: int) -> torch.nn.Module:
                   roi_samples=args["roi_samples"], post_nms_top_k=args["proposals"], **shared)
 
 
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """Layout of weights and images: channels last, but for an NPU, where torch_npu refuses it."""
+    return torch.contiguous_format if torch.device(device).type == "npu" else torch.channels_last
+
+
 def load_model(path: str | Path, device: torch.device | str = "cpu",
                original: bool = False) -> tuple[torch.nn.Module, dict]:
     """A trained detector in evaluation mode, and what else its checkpoint holds.
@@ -84,7 +89,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu",
         raise WeightsError(f"{path}: its weights do not fit the model its arguments describe "
                            f"({' '.join(str(error).split())})") from error
     info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step", "notes", "named")}
-    return model.to(device, memory_format=torch.channels_last).eval(), info
+    return model.to(device, memory_format=memory_format(device)).eval(), info
 
 
 # ---------------------------------------------------------------------------------------------- files

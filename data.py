@@ -93,6 +93,10 @@ class DetectionDataset:
         return np.array([i for i in range(len(self)) if (self.objects(i, use_difficult)[1] >= 0).any()],
                         np.int64)
 
+    def most_objects(self) -> int:
+        """Boxes of the image that has the most, at least 1."""
+        return max(1, int(np.diff(self.first).max(initial=0)))
+
     def table(self) -> str:
         """Class name -> index, category id, images and boxes: read it once before every training."""
         image_of_box = np.repeat(np.arange(len(self)), np.diff(self.first))
@@ -599,13 +603,14 @@ def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,
                                 f"after resizing: it does not fit --pad-to {pad_to[0]} {pad_to[1]}")
 
 
-def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | None = None) -> dict:
+def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | None = None,
+            min_objects: int = 1) -> dict:
     """Samples as one batch (the tensor contract of the models).
 
     Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width;
     gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING where an image has fewer than G objects
-    (G >= 1); image_ids, indices: lists; original_sizes (B, 2). H, W: the largest image rounded up to
-    `divisor`, or `pad_to`.
+    (G >= min_objects); image_ids, indices: lists; original_sizes (B, 2). H, W: the largest image rounded up
+    to `divisor`, or `pad_to`.
     """
     sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
     height, width = pad_to or (-(-sizes.amax(dim=0) // divisor) * divisor).tolist()
@@ -613,7 +618,7 @@ def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | No
         raise DataError(f"an image of {sizes.amax(dim=0).tolist()} (height, width) does not fit "
                         f"--pad-to {pad_to}")
     count = len(samples)
-    most = max(1, *(len(sample["labels"]) for sample in samples))
+    most = max(min_objects, *(len(sample["labels"]) for sample in samples))
     images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
     gt_boxes, gt_labels = torch.zeros(count, most, 4), torch.full((count, most), PADDING)
     for i, sample in enumerate(samples):

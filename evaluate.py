@@ -37,7 +37,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
 from backbone import WeightsError
-from checkpoint import load_model, whole_file
+from checkpoint import load_model, memory_format, whole_file
 from data import (
     DataError,
     DetectionDataset,
@@ -98,7 +98,7 @@ def setup_device(name: str) -> tuple[torch.device, int, int]:
 
 def _import_npu():
     found = importlib.util.find_spec("torch_npu")
-    if found is None:
+    if found is None or not found.origin:  # without origin: a folder of that name
         raise SystemExit("error: --device npu: torch_npu is not installed (see 'Ascend' in README.md)")
     # The pair of a CUDA build and torch_npu does not raise, it aborts the process. A stand-in for
     # tests may pass.
@@ -107,10 +107,15 @@ def _import_npu():
                          "(see 'Ascend' in README.md)")
     try:
         importlib.import_module("torch_npu")
-    except (ImportError, RuntimeError) as error:
-        raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({error}); it needs CANN and "
-                         f"the torch_npu release that matches torch {torch.__version__}") from error
+    except Exception as error:  # without CANN an ImportError; of another torch release, anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({reason}); it needs CANN and "
+                         f"the torch_npu release that matches torch {torch.__version__}") from None
+    if torch.npu.device_count() == 0:
+        raise SystemExit("error: --device npu, but torch_npu sees no NPU (npu-smi info lists those of this "
+                         "machine)")
     torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
+    torch.npu.config.allow_internal_format = False  # else convolutions convert their tensors to and fro
 
 
 def make_folder(path: Path):
@@ -171,7 +176,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.devi
     batches = EqualShapes(dataset, min_size, max_size, batch_size, rank, world)
     loader = DataLoader(TestSamples(dataset, min_size, max_size), batch_sampler=batches, num_workers=workers,
                         collate_fn=partial(collate, divisor=model.divisor, pad_to=pad_to),
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type != "cpu")
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
     nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # imports its kernels untimed
     clock = time.perf_counter()
@@ -185,7 +190,8 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.devi
 
     for batch in loader:
         lap("loading")
-        images = batch["images"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        images = batch["images"].to(device, non_blocking=True)
+        images = images.contiguous(memory_format=memory_format(device))
         sizes = batch["sizes"].to(device, non_blocking=True)
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
             outputs = model.network(images, sizes)

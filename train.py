@@ -37,7 +37,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backbone import ARCHITECTURES, WeightsError, load_imagenet
-from checkpoint import MODEL_ARGS, build_model, load_init, read_checkpoint, save_checkpoint, whole_file
+from checkpoint import (
+    MODEL_ARGS,
+    build_model,
+    load_init,
+    memory_format,
+    read_checkpoint,
+    save_checkpoint,
+    whole_file,
+)
 from data import (
     MAX_WORKERS,
     DataError,
@@ -72,6 +80,7 @@ REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --sc
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
              "s1x": (130_000, (100_000, 120_000))}
 MOMENTUM = 0.9
+SCALE_GROWTH_STEPS = 2000  # as torch.amp.GradScaler
 # In what the published recipes differ. lr, weight_decay: with SGD; bias_lr, bias_decay: of biases, times
 # those of the rest; shapes: what the built-in set takes instead.
 RECIPES = {
@@ -361,6 +370,35 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float
             {"params": biases, "weight_decay": weight_decay * bias_decay, "lr_factor": bias_lr}]
 
 
+class LossScaler:
+    """Loss scaling for float16: the scale is halved where gradients overflow, and such a step left out; it is
+    doubled after SCALE_GROWTH_STEPS others in a row. A setting other than "dynamic" is a fixed scale.
+
+    torch.amp.GradScaler does the same in float64 on the device, which an NPU does not have, and waits for the
+    device once more per step; here the scale is a number on the host.
+    """
+
+    def __init__(self, setting: str, enabled: bool):
+        self.enabled, self.dynamic, self.good_steps = enabled, enabled and setting == "dynamic", 0
+        self.scale = 1.0 if not enabled else 2.0 ** 16 if self.dynamic else float(setting)
+
+    def unscale(self, model: torch.nn.Module):
+        if self.enabled:
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / self.scale)
+
+    def update(self, overflow: bool):
+        if self.dynamic:
+            self.good_steps = 0 if overflow else self.good_steps + 1
+            self.scale *= 0.5 if overflow else 2.0 if self.good_steps % SCALE_GROWTH_STEPS == 0 else 1.0
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict):
+        if self.dynamic and state:
+            self.scale, self.good_steps = state["scale"], state.get("good_steps", 0)
+
+
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 def rank_states(device: torch.device, world: int, loss_sums: dict, logged: int) -> list[dict]:
@@ -516,14 +554,12 @@ def main():
                 "category_ids": train_set.category_ids})
             say(f"{args.init} for {len(train_set.names)} classes is {args.save_init}")
         return
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=memory_format(device))
     recipe = RECIPES[args.model]
     groups = parameter_groups(model, args.weight_decay, recipe["bias_lr"], recipe["bias_decay"])
     optimizer = (torch.optim.SGD(groups, lr=base_lr, momentum=MOMENTUM) if args.optimizer == "sgd" else
                  torch.optim.AdamW(groups, lr=base_lr))
-    static_scale = None if args.loss_scale == "dynamic" else float(args.loss_scale)
-    scaler = torch.amp.GradScaler(device.type, init_scale=static_scale or 2.0 ** 16,
-                                  enabled=args.amp == "fp16")
+    scaler = LossScaler(args.loss_scale, enabled=args.amp == "fp16")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them train")
 
@@ -552,8 +588,7 @@ def main():
         except (RuntimeError, ValueError) as error:
             raise WeightsError(f"{path}: cannot resume, it holds another model "
                                f"({str(error)[:200]})") from error
-        if scaler.is_enabled() and checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
         logged = start
         if size != checkpoint["data"]:
@@ -606,8 +641,9 @@ def main():
     batches.start, batches.stop = start, max_steps
     loader = iter(DataLoader(
         TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
-        batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-        collate_fn=partial(collate, divisor=model.divisor, pad_to=args.pad_to)))
+        batch_sampler=batches, num_workers=args.workers, pin_memory=device.type != "cpu",
+        collate_fn=partial(collate, divisor=model.divisor, pad_to=args.pad_to,
+                           min_objects=train_set.most_objects() if args.pad_to else 1)))
     model.train()
     data_seconds, window = 0.0, time.perf_counter()
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
@@ -624,24 +660,25 @@ def main():
             image_ids += batch["image_ids"]
             images, sizes, gt_boxes, gt_labels = (batch[key].to(device, non_blocking=True) for key in
                                                   ("images", "sizes", "gt_boxes", "gt_labels"))
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=memory_format(device))
             last = micro == accumulate - 1
             with nullcontext() if world == 1 or last else ddp.no_sync():  # ranks meet once a step
                 with torch.autocast(device.type, AMP[args.amp] or torch.bfloat16, enabled=args.amp != "off"):
                     losses = ddp(images, sizes, gt_boxes, gt_labels)
-                scaler.scale(sum(losses.values()) / accumulate).backward()
+                (sum(losses.values()) / accumulate * scaler.scale).backward()
             for name, value in losses.items():
                 loss_sums[name] = loss_sums.get(name, 0) + value.detach() / accumulate
 
-        scaler.unscale_(optimizer)
+        scaler.unscale(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         # All ranks learn in one reduction whether one of them has to stop. Infinite gradients are ordinary
         # only under fp16 loss scaling, which skips such a step.
-        finite = torch.isfinite(sum(loss_sums.values())) & (torch.isfinite(norm) | scaler.is_enabled())
-        stop = torch.stack((~finite, torch.tensor(bool(interrupted), device=device))).float()
+        overflow = ~torch.isfinite(norm)
+        finite = torch.isfinite(sum(loss_sums.values())) & (~overflow | scaler.enabled)
+        stop = torch.stack((~finite, torch.tensor(bool(interrupted), device=device), overflow)).float()
         if world > 1:
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-        not_finite, stopping = stop.tolist()
+        not_finite, stopping, overflow = stop.tolist()
         if not_finite:
             if not finite:
                 print(f"rank {rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, "
@@ -649,8 +686,9 @@ def main():
             raise SystemExit(f"error: loss or gradient is not finite at step {step}; the last "
                              f"checkpoint is kept. Lower --lr, lengthen --warmup-steps or lower --clip"
                              if rank == 0 else 1)
-        scaler.step(optimizer)
-        scaler.update(static_scale)
+        if not overflow:
+            optimizer.step()
+        scaler.update(bool(overflow))
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
