@@ -83,6 +83,7 @@ def runs(tmp_path_factory):
 # ---------------------------------------------------------------------------- same numbers
 
 @needs_stand_in
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORM_NAMES)
 def test_training_on_an_npu_equals_training_on_a_cpu(runs, form):
     npu, cpu = runs[f"{form} npu"], runs[f"{form} cpu"]
@@ -93,6 +94,7 @@ def test_training_on_an_npu_equals_training_on_a_cpu(runs, form):
 
 
 @needs_stand_in
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fcos", "base"])
 def test_detections_on_an_npu_equal_those_on_a_cpu(runs, form):
     npu, cpu = (runs[f"{form} evaluated {device}"]["detections"] for device in ("npu", "cpu"))
@@ -105,6 +107,7 @@ def test_detections_on_an_npu_equal_those_on_a_cpu(runs, form):
 
 
 @needs_stand_in
+@pytest.mark.slow
 def test_resuming_on_an_npu_repeats_the_run_exactly(runs):
     whole, resumed = runs["whole"], runs["resumed"]  # of the form that draws samples and dropout
     assert losses(resumed) == losses(whole)[2:]
@@ -112,6 +115,7 @@ def test_resuming_on_an_npu_repeats_the_run_exactly(runs):
 
 
 @needs_stand_in
+@pytest.mark.slow
 def test_float16_equals_float32_but_for_rounding(runs):
     assert losses(runs["fp16"]) == pytest.approx(losses(runs["fp32"]), rel=5e-3)
 
@@ -139,6 +143,7 @@ def test_mixed_precision(tmp_path, form):
 
 
 @needs_stand_in
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fcos", *(pytest.param(form, marks=pytest.mark.slow)
                                             for form in ("joint", "base"))])
 def test_two_ranks_over_hccl_equal_one(tmp_path, runs, form):
@@ -174,22 +179,26 @@ def assert_clean_step(form, result):
 
 
 @needs_stand_in
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORM_NAMES)
 def test_the_step_stays_on_the_device_with_fixed_shapes(runs, form):
     assert_clean_step(form, runs[f"{form} npu"])
 
 
 @needs_stand_in
+@pytest.mark.slow
 def test_the_mixed_precision_step_stays_on_the_device(runs):
     assert_clean_step("fcos", runs["fp16"])
 
 
 @needs_stand_in
+@pytest.mark.slow
 def test_the_watch_sees_what_it_is_made_for(runs):
     assert set(runs["control"]) == {"operators", "float64", "channels_last", "dynamic", "to_host"}
 
 
 @needs_stand_in
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PADDED)
 def test_pad_to_gives_every_step_one_shape(runs, form):
     shapes = runs[f"{form} padded"]["shapes"]
@@ -274,6 +283,7 @@ def test_cuda_without_a_gpu_ends_in_one_line(mistake, monkeypatch, main):
 
 
 @needs_stand_in
+@pytest.mark.slow
 @pytest.mark.parametrize("script_name", ["train.py", "evaluate.py"])
 def test_more_ranks_than_devices_end_in_one_line(runs, script_name):
     assert (runs[f"{script_name} one rank too many"]["error"]

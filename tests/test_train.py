@@ -110,7 +110,7 @@ def test_a_short_run_leaves_its_files(script, tmp_path):
         assert words in out
 
 
-@pytest.mark.parametrize("model", ["fcos", "fsaf"])
+@pytest.mark.parametrize("model", ["fcos", pytest.param("fsaf", marks=pytest.mark.slow)])
 def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path, model):
     joint = ("--model", "fsaf", "--fsaf-joint") if model == "fsaf" else ()
     assert script(*TINY, *joint, "--max-steps", 6, "--no-eval", "--save-every", 3, "--keep")[0] == 0
@@ -118,14 +118,14 @@ def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path, model)
     (tmp_path / "out" / "last.pth").unlink()
     code, out, err = script(*TINY, "--max-steps", 6, "--no-eval", "--resume", "out/step_3.pth")
     assert code == 0 and "resumed out/step_3.pth at step 3" in out, err
-    again, again_rows = weights(tmp_path), rows(tmp_path)[6:]
+    again, again_rows = weights(tmp_path), rows(tmp_path)
     assert all(torch.equal(value, again["model"][key]) for key, value in whole["model"].items())
-    for a, b in zip(whole_rows[3:], again_rows, strict=True):
+    for a, b in zip(whole_rows, again_rows, strict=True):
         assert all(a[key] == b[key] for key in a if not key.endswith(("_s", "_gb")))
         assert model == "fcos" or {"anchor_cls", "anchor_box", "free_cls", "free_box"} <= set(a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path, number):
     command = [sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500", "--no-eval"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -139,7 +139,7 @@ def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path, number):
     rest = run.communicate(timeout=120)[0]
     assert run.returncode == 0 and "interrupted: saved out/last.pth" in rest
     step = weights(tmp_path)["step"]
-    assert 2 < step < 100 and rows(tmp_path)[-1]["step"] == step
+    assert 2 < step < 100
     code, out, err = script(*TINY, "--max-steps", step + 1, "--no-eval", "--resume")
     assert code == 0, err
     assert f"resumed out/last.pth at step {step}" in out and "resume changes max_steps" in out
@@ -147,6 +147,7 @@ def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path, number):
     assert code != 0 and "nothing left to train" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["fcos", "fsaf"])
 def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path, model):
     # Frozen batch norm as in the published recipes: batch statistics would depend on the images per device.
@@ -236,7 +237,7 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
         def __reduce__(self):
             raise RuntimeError("in the middle of writing")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match="c.pth cannot be written .*in the middle of writing"):
         save_checkpoint(tmp_path / "c.pth", {"weights": torch.zeros(1000), "step": Unsaveable()})
     assert torch.load(tmp_path / "c.pth", weights_only=True) == {"step": 1}
 
@@ -251,6 +252,7 @@ def test_bf16_and_voc_and_multi_scale_run(script, tmp_path, bccd):
     assert "AP50_VOC07" in json.loads((tmp_path / "out" / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_survive_one_without_objects(script, tmp_path):
     # Image 1 has an object, image 2 none: with two ranks one of them never sees a positive point.
     (tmp_path / "d" / "annotations").mkdir(parents=True)
