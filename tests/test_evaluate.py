@@ -169,8 +169,8 @@ def test_wrong_checkpoints_are_named(trained, tmp_path):
     (tmp_path / "cut.pth").write_bytes(trained.read_bytes()[:1000])
     checkpoint["args"]["backbone"] = "resnet34"
     torch.save(checkpoint, tmp_path / "mixed.pth")
-    for name, words in (("none.pth", "none.pth does not exist"), ("other.pth", "other.pth: not a detector that is"),
-                        ("cut.pth", "cut.pth: cannot be read"),
+    for name, words in (("none.pth", "none.pth does not exist"), ("cut.pth", "cut.pth: cannot be read"),
+                        ("other.pth", "other.pth: not a detector that is known"),
                         ("mixed.pth", "mixed.pth: its weights do not fit")):
         with pytest.raises(WeightsError, match=words):
             load_model(tmp_path / name)

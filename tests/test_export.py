@@ -122,7 +122,7 @@ def test_only_the_best_candidates_leave_a_model_that_has_too_many(monkeypatch):
 
 # ---------------------------------------------------------------------------- the files
 
-@pytest.mark.parametrize(("form", "nms"), [("fsaf-joint", True), ("defrcn", True)])
+@pytest.mark.parametrize(("form", "nms"), [("fcos", True)])
 def test_onnxruntime_finds_what_pytorch_finds(form, nms, tmp_path, monkeypatch):
     monkeypatch.setattr(fsaf, "TOWER_CONVS", 1)  # for speed
     assert_same_file(detecting(MODELS[form]()), HEIGHT, WIDTH, tmp_path / "m.onnx", nms)

@@ -125,7 +125,8 @@ def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path, model)
         assert model == "fcos" or {"anchor_cls", "anchor_box", "free_cls", "free_box"} <= set(a)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_stops(script, tmp_path, number):
     command = [sys.executable, *map(str, (ROOT / TINY[0], *TINY[1:])), "--max-steps", "500", "--no-eval"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
