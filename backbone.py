@@ -249,7 +249,8 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
         bgr = caffe or backbone.name == "resnext101_32x8d"
         pixels = CAFFE_PIXELS if caffe else TORCHVISION_PIXELS
     else:
-        raise WeightsError(f"{path}: not an ImageNet ResNet; it has keys like {sorted(state)[:3]}")
+        raise WeightsError(f"{path}: not an ImageNet ResNet (a whole detector goes to --init); it has keys "
+                           f"like {sorted(state)[:3]}")
     if caffe != backbone.caffe and bottleneck:
         raise WeightsError(f"{path}: these weights are {'caffe' if caffe else 'pytorch'} style (stride on "
                            f"the {'first 1x1' if caffe else '3x3'} convolution): build the backbone with "

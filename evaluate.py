@@ -641,6 +641,8 @@ def main():
         draw(dataset, results, out / "pictures", args.pictures)
         return
     device, rank, world = setup_device(args.device)
+    if args.amp == "fp16" and device.type == "cpu":
+        raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
     model, info = load_model(args.ckpt, device, args.original)
     trained = info["args"]
     for note in info["notes"] if rank == 0 else ():
