@@ -214,7 +214,7 @@ def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Ten
     usable = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1) & scores.isfinite()
     # What is not usable becomes an empty box: it suppresses nothing and comes last.
     boxes, scores = torch.where(usable[:, None], boxes, 0.0), torch.where(usable, scores, -math.inf)
-    kept = nms(boxes, scores, RPN_NMS_THRESHOLD)
+    kept = nms(boxes, scores, RPN_NMS_THRESHOLD, post_nms_top_k)
     # Filled up before it is cut: a fixed number of rows, also for torch.export.
     kept = torch.cat((kept, kept.new_full((post_nms_top_k,), -1)))[:post_nms_top_k]
     real = (kept >= 0) & usable[kept]

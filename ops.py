@@ -218,34 +218,36 @@ def _sampling_matrix(start: Tensor, end: Tensor, size: int, length: int) -> Tens
 
 # ------------------------------------------------------------------------- non-maximum suppression
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None = None) -> Tensor:
     """Greedy non-maximum suppression: keep the best box, drop what overlaps it too much, repeat.
 
     boxes: (N, 4) px, scores: (N,); N may be 0. "Too much" is an IoU above the threshold. Returns the kept
-    indices (M,) int64, best score first; equal scores keep their input order. The result is that of
-    `torchvision.ops.nms`, which is called where it has a kernel.
+    indices (M,) int64, best score first, the first `limit` of them; equal scores keep their input order. The
+    result is that of `torchvision.ops.nms`, which is called where it has a kernel.
     """
     torchvision_ops = _torchvision_ops(boxes.device.type)
     if torchvision_ops:
-        return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)
-    return nms_plain(boxes, scores, iou_threshold)
+        return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)[:limit]
+    return nms_plain(boxes, scores, iou_threshold, limit=limit)
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float,
+                limit: int | None = None) -> Tensor:
     """Class-wise `nms`: boxes suppress only boxes of their own class.
 
     boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score
-    first.
+    first, the first `limit` of them.
     """
     torchvision_ops = _torchvision_ops(boxes.device.type)
     if torchvision_ops:
         if boxes.numel():  # it moves classes apart by an offset that supposes coordinates >= 0
             boxes = boxes.float() - boxes.float().min().clamp(max=0)
-        return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)
-    return nms_plain(boxes, scores, iou_threshold, labels)
+        return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)[:limit]
+    return nms_plain(boxes, scores, iou_threshold, labels, limit)
 
 
-def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None) -> Tensor:
+def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None,
+              limit: int | None = None) -> Tensor:
     """`nms` (and `batched_nms`, given labels) in plain torch: runs on every device.
 
     The sorted boxes are decided block by block. A block first loses what the boxes kept so far suppress.
@@ -268,7 +270,9 @@ def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tenso
         while before is None or not torch.equal(keep, before):
             keep, before = ~(over & keep[:, None]).any(dim=0), keep
         kept = torch.cat((kept, block[keep]))
-    return order[kept]
+        if limit is not None and len(kept) >= limit:
+            break
+    return order[kept[:limit]]
 
 
 @cache  # imported at the first call: it takes longer than torch itself
@@ -337,5 +341,5 @@ def final_detections(boxes: Tensor, scores: Tensor, labels: Tensor, height, widt
     boxes, scores = clip_candidates(boxes, scores, height, width)
     usable = scores > 0
     boxes, scores, labels = boxes[usable], scores[usable], labels[usable]
-    keep = batched_nms(boxes, scores, labels, nms_threshold)[:count]
+    keep = batched_nms(boxes, scores, labels, nms_threshold, count)
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}

@@ -18,7 +18,8 @@ import data
 import train
 from train import trim_log
 
-TINY = ("train.py", "--device", "cpu", "--workers", 1, "--log-every", 1, "--out", "out", "--no-eval")
+TINY = ("train.py", "--device", "cpu", "--workers", 1, "--log-every", 1, "--out", "out", "--no-eval",
+        "--train-split", "val")  # the small one
 TIMES = ("data_s", "step_s", "images_per_s", "memory_gb", "eta_s")
 
 
@@ -156,9 +157,9 @@ def test_a_loader_process_that_dies_is_named_with_its_picture(tmp_path):
                               capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     command = (*TINY[1:], "--batch-size", 2, "--min-size", 64, "--max-size", 64)
-    assert script_ok(run("train", *command, "--max-steps", 1))
+    assert script_ok(run("train", *command, "--train-split", "train", "--max-steps", 1))
     for done in (run("evaluate", "--ckpt", "out/last.pth", "--workers", 1),
-                 run("train", *command, "--train-split", "val", "--max-steps", 100)):
+                 run("train", *command, "--max-steps", 100)):
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert last.startswith("error: a loader process died at image 8 (shapes_val_00007) (")
@@ -195,7 +196,7 @@ def test_a_rank_that_fails_alone_stops_all_with_its_reason_once(script, tmp_path
     began = time.time()
     code, out, err = script(*TINY, "--data", folder, "--weights", "none", "--backbone", "resnet18",
                             "--fpn-channels", 64, "--min-size", 64, "--max-size", 96, "--batch-size", 2,
-                            "--max-steps", 111, ranks=2, timeout=200)
+                            "--train-split", "train2017", "--max-steps", 111, ranks=2, timeout=200)
     assert code != 0 and "step 1/111" in out and "step 111/" not in out and time.time() - began < 120
     assert (out + err).count("cannot be read as a picture") == 1
     assert err.count("Traceback") == 1 and "ChildFailedError" in err  # torchrun's own
@@ -236,11 +237,12 @@ def test_two_nodes_train_as_two_ranks_of_one(script, tmp_path):
 def test_resuming_says_what_changes(script, tmp_path):
     command = (*TINY, "--min-size", 64, "--max-size", 64)
     assert script(*command, "--batch-size", 4, "--max-steps", 2, ranks=2)[0] == 0
-    code, out, err = script(*command, "--batch-size", 2, "--max-steps", 3, "--train-split", "val", "--resume")
+    code, out, err = script(*command, "--batch-size", 2, "--max-steps", 3, "--train-split", "train",
+                            "--resume")
     assert code == 0, err
     assert "resume changes the number of ranks: 2 -> 1" in out
-    assert "resume changes batch_size: 4 -> 2" in out and "resume changes train_split: train -> val" in out
-    assert re.search(r"resume changes the data: 4000 images, 12761 boxes -> 200, \d+", out)
+    assert "resume changes batch_size: 4 -> 2" in out and "resume changes train_split: val -> train" in out
+    assert re.search(r"resume changes the data: 200 images, \d+ boxes -> 4000, 12761", out)
 
 
 @pytest.mark.slow

@@ -1,0 +1,451 @@
+"""Ours against torchvision, in one run on this machine: what a step, a picture, a call costs.
+
+    python benchmark.py                                  all parts, some minutes on a CPU
+    python benchmark.py train --size 800 1344 --batch-size 4 --amp bf16 --compile
+    python benchmark.py infer loader --data coco --split val2017
+
+Competitors take turns, round by round, so that a machine that changes its pace hits all alike. A ratio is the
+median over rounds of theirs / ours, with the least and the greatest: above 1, ours is faster. Everything is
+printed, and written to --out as benchmark.json and, the ratios, benchmark.png.
+
+    train     forward, losses, backward and SGD on one synthetic batch, same freezing; share of the losses,
+              and of the machine's peak (a large matrix product)
+    infer     pictures of --data to detections: evaluate.py's loop, and a plain loop over torchvision's model
+    nms       plain torch and torchvision's kernel, for the calls that the detectors make
+    loader    pictures of --data to batches, in one process
+    growth    the step's time against size of image and batch and number of objects
+    startup   a COCO-format file of the size of train2017 to the first batch of indices
+    score     COCO scores of 5000 pictures with 100 detections each, and pycocotools alone
+"""
+import os
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch: see evaluate.py
+
+import contextlib
+import io
+import json
+import platform
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import memory_format
+from data import DetectionDataset, StepBatches, TrainSamples, collate, load_coco, open_dataset
+from defrcn import DeFRCN
+from evaluate import Parser, detect, make_folder, run_script, score, setup_device, synchronize, write_json
+from fcos import FCOS
+from fsaf import FSAF
+from ops import nms_plain
+
+CLASSES = 80
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+def take_turns(cases: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every case in every round; a round before the first is not counted."""
+    times = {name: [] for name in cases}
+    for i in range(rounds + 1):
+        for name, work in cases.items():
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def compared(title: str, times: dict[str, list[float]], per: float = 1.0, unit: str = "ms") -> dict:
+    """Prints and returns the times of the cases, of which the first is ours, and the ratios of the others.
+
+    per: how many steps, pictures or calls a time is for.
+    """
+    ours = next(iter(times))
+    row = {"title": title, "unit": unit, "cases": {}}
+    for name, values in times.items():
+        ratios = [value / mine for value, mine in zip(values, times[ours])]
+        row["cases"][name] = {"time": 1000 * statistics.median(values) / per,
+                              "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    print(f"{title}: " + ", ".join(
+        f"{name} {case['time']:.1f} {unit}"
+        + ("" if name == ours else f" ({case['ratio']:.2f}x, {case['least']:.2f} to {case['most']:.2f})")
+        for name, case in row["cases"].items()), flush=True)
+    return row
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    size = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = min(take_turns({"": lambda: a @ a}, 5, device)[""])
+    return 2 * size ** 3 / seconds
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+def batch(count: int, height: int, width: int, objects: int, device) -> tuple[torch.Tensor, ...]:
+    """images, sizes, gt_boxes, gt_labels of random pictures with `objects` objects each."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    corner = torch.rand(count, objects, 2, generator=generator) * torch.tensor([width, height]) * 0.7
+    side = torch.rand(count, objects, 2, generator=generator) * torch.tensor([width, height]) * 0.28 + 8
+    boxes = torch.cat((corner, corner + side), dim=-1)
+    labels = torch.randint(0, CLASSES, (count, objects), generator=generator)
+    sizes = torch.tensor([[height, width]] * count)
+    return tuple(t.to(device) for t in (images, sizes, boxes, labels))
+
+
+def stepper(model: torch.nn.Module, inputs, amp: torch.dtype | None, device: torch.device):
+    """A function that makes a training step; inputs: a function that gives the model's arguments."""
+    model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9)
+
+    def step():
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            losses = model(*inputs())
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def torchvision_model(name: str, height: int, width: int) -> torch.nn.Module:
+    """torchvision's one-stage detector on ResNet-50 with the published freezing, without resizing."""
+    from torchvision.models import detection
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+    options = {"min_size": min(height, width), "max_size": max(height, width)}
+    if name == "Faster R-CNN":
+        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
+        return detection.FasterRCNN(backbone, CLASSES + 1, **options)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3,
+                                   returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+    return {"FCOS": detection.FCOS, "RetinaNet": detection.RetinaNet}[name](backbone, CLASSES, **options)
+
+
+OURS = {"FCOS": lambda: FCOS(CLASSES), "RetinaNet": lambda: FSAF(CLASSES, anchor_only=True, norm="frozen"),
+        "FSAF": lambda: FSAF(CLASSES), "FSAF joint": lambda: FSAF(CLASSES, joint=True),
+        "Faster R-CNN": lambda: DeFRCN(CLASSES, "resnet50", decouple=False, pool_size=14, freeze_at=2),
+        "DeFRCN": lambda: DeFRCN(CLASSES, "resnet50")}
+
+
+def train(args, device: torch.device) -> list[dict]:
+    rows, amp = [], AMP[args.amp]
+    images, sizes, boxes, labels = batch(args.batch_size, *args.size, args.objects, device)
+    last = images.contiguous(memory_format=memory_format(device))
+    for name in args.models:
+        torch.manual_seed(0)
+        ours = OURS[name]().to(device, memory_format=memory_format(device))
+        inputs = (last, sizes, boxes, labels)
+        one_stage = name not in ("Faster R-CNN", "DeFRCN")  # NMS of proposals breaks the graph of the others
+        network = torch.compile(ours, fullgraph=one_stage) if args.compile else ours
+        cases = {"ours": stepper(network, lambda inputs=inputs: inputs, amp, device)}
+        if name in ("FCOS", "RetinaNet", "Faster R-CNN"):
+            # They start where a step of theirs does: float images between 0 and 1, boxes in dicts.
+            targets = [{"boxes": b, "labels": n + (name == "Faster R-CNN")} for b, n in zip(boxes, labels)]
+            theirs = torchvision_model(name, *args.size)
+
+            def given(targets=targets):
+                return list(images.float() / 255), targets
+
+            cases["torchvision"] = stepper(theirs, given, None, device)
+            if amp:
+                cases[f"torchvision {args.amp}"] = stepper(theirs, given, amp, device)
+        title = (f"{name} R-50, step of {args.batch_size} x {args.size[0]} x {args.size[1]}, {args.amp}"
+                 + (", compiled" if args.compile else "")
+                 + (" (torchvision's has an FPN, another network)" if name == "Faster R-CNN" else ""))
+        row = compared(title, take_turns(cases, args.rounds, device))
+        rows.append(row)
+        with FlopCounterMode(display=False) as counter, contextlib.redirect_stdout(io.StringIO()):
+            stepper(ours, lambda inputs=inputs: inputs, amp, device)()
+        reached = counter.get_total_flops() / (row["cases"]["ours"]["time"] / 1000)
+        row["peak"] = reached / peak_flops(device, amp or torch.float32)
+        print(f"    {reached / 1e12:.3f} Tflop/s, {100 * row['peak']:.0f} % of a matrix product's")
+        if one_stage:
+            row["losses"] = share_of_losses(ours, inputs, amp, device, row["cases"]["ours"]["time"])
+            print(f"    targets and losses, with their backward: {100 * row['losses']:.1f} % of the step")
+    return rows
+
+
+def share_of_losses(model, inputs, amp, device, step_ms: float) -> float:
+    """Time from the network's outputs to their gradients, in parts of the step."""
+    images, sizes, boxes, labels = inputs
+    with torch.no_grad(), torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+        outputs = model.network(images, sizes)
+    outputs = {key: value.detach().requires_grad_() if torch.is_tensor(value) else value
+               for key, value in outputs.items()}
+    arguments = (boxes, labels) if isinstance(model, FCOS) else (sizes, boxes, labels)
+
+    def losses():
+        sum(model.losses(outputs, *arguments).values()).backward()
+    return 1000 * statistics.median(take_turns({"": losses}, 5, device)[""]) / step_ms
+
+
+# ---------------------------------------------------------------------------------------------- infer, loader
+
+def pictures(args, count: int):
+    dataset = open_dataset(args.data, args.split)
+    return dataset, min(count, len(dataset))
+
+
+def infer(args, device: torch.device) -> list[dict]:
+    dataset, count = pictures(args, args.pictures)
+    dataset = first(dataset, count)
+    ours = FCOS(CLASSES).to(device, memory_format=memory_format(device)).eval()
+    theirs = torchvision_model("FCOS", args.min_size, args.max_size).to(device).eval()
+    theirs.transform.min_size, theirs.transform.max_size = (args.min_size,), args.max_size
+    amp = AMP[args.amp]
+
+    def our_loop():
+        detect(ours, dataset, device, args.min_size, args.max_size, args.batch_size, 2, amp)
+
+    @torch.inference_mode()
+    def their_loop(dtype=None):
+        for i in range(len(dataset)):
+            image = torch.from_numpy(np.asarray(dataset.image(i)).copy()).permute(2, 0, 1).to(device)
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                theirs([image.float() / 255])[0]["boxes"].cpu()
+
+    cases = {"ours": our_loop, "torchvision": their_loop}
+    if amp:
+        cases[f"torchvision {args.amp}"] = partial(their_loop, amp)
+    return [compared(f"FCOS R-50, {count} pictures at {args.min_size}/{args.max_size}, {args.amp}, per "
+                     f"picture", take_turns(cases, max(1, args.rounds // 2), device), per=count)]
+
+
+def first(dataset, count: int):
+    """The first pictures of a dataset, as a dataset without objects."""
+    none = np.zeros(0)
+    part = DetectionDataset(dataset.names, dataset.category_ids, dataset.image_ids[:count],
+                            [os.fsdecode(path) for path in dataset.paths[:count]], dataset.sizes[:count],
+                            np.zeros((0, 4)), none, none, none, none, none.astype(np.int64))
+    part.image = dataset.image
+    return part
+
+
+def loader(args, device: torch.device) -> list[dict]:
+    """One process, no network: decode, resize, flip, batch."""
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+    from torchvision.transforms.v2 import functional as F
+    dataset, count = pictures(args, args.pictures)
+    samples = TrainSamples(dataset, [args.min_size], args.max_size)
+    transform = GeneralizedRCNNTransform(args.min_size, args.max_size, [0.485, 0.456, 0.406],
+                                         [0.229, 0.224, 0.225])
+    groups = [range(i, min(i + 2, count)) for i in range(0, count, 2)]
+
+    def our_batches():
+        for group in groups:
+            collate([samples[0, i] for i in group])
+
+    def their_batches():  # references/detection: PIL, to tensor, flip; the model's transform makes the batch
+        for group in groups:
+            images = []
+            for i in group:
+                with Image.open(os.fsdecode(dataset.paths[i])) as image:
+                    tensor = F.pil_to_tensor(image.convert("RGB"))
+                tensor = F.horizontal_flip(tensor) if i % 2 else tensor
+                images.append(F.to_dtype(tensor, torch.float32, scale=True))
+            transform(images)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    times = take_turns({"ours": our_batches, "torchvision": their_batches}, args.rounds, torch.device("cpu"))
+    torch.set_num_threads(threads)
+    return [compared(f"{count} pictures at {args.min_size}/{args.max_size} to batches of 2, one process, per "
+                     f"picture", times, per=count)]
+
+
+# ---------------------------------------------------------------------------------------------- nms
+
+def nms(args, device: torch.device) -> list[dict]:
+    """Candidates as detectors make them: many boxes around few objects."""
+    import torchvision
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for title, count, keep, threshold, classes in (("class-wise, 5000 to 100", 5000, 100, 0.6, CLASSES),
+                                                   ("RPN, 6000 to 1000", 6000, 1000, 0.7, None),
+                                                   ("RPN, 12000 to 2000", 12000, 2000, 0.7, None)):
+        center = torch.rand(60 if classes else 1500, 2, generator=generator) * 800
+        which = torch.randint(0, len(center), (count,), generator=generator)
+        middle = center[which] + torch.randn(count, 2, generator=generator) * 12
+        half = 10 + torch.rand(len(center), 2, generator=generator)[which] * 60
+        boxes = torch.cat((middle - half, middle + half), dim=1).clamp(min=0).to(device)
+        scores = torch.rand(count, generator=generator).to(device)
+        labels = None if classes is None else (which % classes).to(device)
+
+        def plain(boxes=boxes, scores=scores, labels=labels, keep=keep, threshold=threshold):
+            return nms_plain(boxes, scores, threshold, labels, keep)
+
+        def kernel(boxes=boxes, scores=scores, labels=labels, keep=keep, threshold=threshold):
+            if labels is None:
+                return torchvision.ops.nms(boxes, scores, threshold)[:keep]
+            return torchvision.ops.batched_nms(boxes, scores, labels, threshold)[:keep]
+
+        assert torch.equal(plain(), kernel())
+        rows.append(compared(f"NMS {title}", take_turns({"ours": plain, "torchvision": kernel},
+                                                        max(20, args.rounds), device)))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- growth
+
+def growth(args, device: torch.device) -> list[dict]:
+    rows, (height, width) = [], args.size
+    half = (height // 64 * 32, width // 64 * 32)
+    for what, variants in (
+            ("size", [(args.batch_size, *half, 10), (args.batch_size, height, width, 10)]),
+            ("batch", [(count, *half, 10) for count in (1, 2, 4)]),
+            ("objects per picture", [(args.batch_size, *half, objects) for objects in (1, 10, 50, 200)])):
+        for name in args.models:
+            model = OURS[name]().to(device, memory_format=memory_format(device))
+            cases = {}
+            for variant in variants:
+                images, *rest = batch(*variant, device)
+                inputs = (images.contiguous(memory_format=memory_format(device)), *rest)
+                cases[" x ".join(map(str, variant))] = stepper(model, lambda inputs=inputs: inputs,
+                                                               AMP[args.amp], device)
+            rows.append(compared(f"{name}: {what} (pictures x height x width x objects)",
+                                 take_turns(cases, max(1, args.rounds // 2), device)))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- startup, score
+
+def coco_file(folder: Path, images: int, boxes: int) -> Path:
+    """A COCO-format file of random boxes, with empty picture files."""
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    image_of, xywh = rng.integers(0, images, boxes), rng.uniform(1, 200, (boxes, 4)).round(2).tolist()
+    category = rng.integers(1, CLASSES + 1, boxes).tolist()
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": 480, "width": 640}
+                   for i in range(images)],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)],
+        "annotations": [{"id": i + 1, "image_id": int(image_of[i]), "category_id": category[i],
+                         "bbox": xywh[i], "area": xywh[i][2] * xywh[i][3], "iscrowd": 0}
+                        for i in range(boxes)]}
+    for image in content["images"]:
+        (folder / "pictures" / image["file_name"]).touch()
+    (folder / "boxes.json").write_text(json.dumps(content))
+    return folder / "boxes.json"
+
+
+def startup(args, device: torch.device) -> list[dict]:
+    """118,287 pictures, 860,001 boxes, as train2017 without its outlines."""
+    with tempfile.TemporaryDirectory() as name:
+        path = coco_file(Path(name), 118_287, 860_001)
+
+        def ours():
+            dataset = load_coco([(path, path.parent / "pictures")])
+            dataset.table()
+            indices = dataset.non_empty()
+            next(iter(StepBatches(dataset, indices, 16, stop=1)))
+
+        def pycocotools():
+            with contextlib.redirect_stdout(io.StringIO()):
+                COCO(path)
+
+        times = take_turns({"ours": ours, "pycocotools, reading alone": pycocotools}, 1, torch.device("cpu"))
+        return [compared("118,287 pictures and 860,001 boxes: file to first batch", times)]
+
+
+def score_part(args, device: torch.device) -> list[dict]:
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        path = coco_file(Path(name), 5000, 36_000)
+        dataset = load_coco([(path, path.parent / "pictures")])
+        xywh = rng.uniform(1, 200, (500_000, 4)).round(2).tolist()
+        scores = rng.random(500_000).round(4).tolist()
+        category = rng.integers(1, CLASSES + 1, 500_000).tolist()
+        results = [{"image_id": i // 100, "category_id": category[i], "bbox": xywh[i], "score": scores[i]}
+                   for i in range(500_000)]
+
+        def ours():
+            with contextlib.redirect_stdout(io.StringIO()):
+                score(dataset, results)
+
+        def pycocotools():
+            with contextlib.redirect_stdout(io.StringIO()):
+                truth = COCO(path)
+                evaluation = COCOeval(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+
+        times = take_turns({"ours": ours, "pycocotools": pycocotools}, 2, torch.device("cpu"))
+        return [compared("COCO scores of 5000 x 100 detections", times)]
+
+
+# ---------------------------------------------------------------------------------------------- script
+
+def plot(rows: list[dict], path: Path):
+    """A bar for every ratio; the line is at 1, where both are equally fast."""
+    bars = [(f"{row['title']}: {name}", case) for row in rows for name, case in row["cases"].items()
+            if "torchvision" in name or "pycocotools" in name]
+    if not bars:
+        return
+    scale = 400 / max(2.0, *(case["most"] for _, case in bars))
+    image = Image.new("RGB", (460, 34 * len(bars) + 30), "white")
+    canvas = ImageDraw.Draw(image)
+    for i, (label, case) in enumerate(bars):
+        top = 10 + 34 * i
+        canvas.text((10, top), label[:76], fill="black")
+        canvas.rectangle((10, top + 13, 10 + scale * case["ratio"], top + 25), fill="steelblue")
+        canvas.line((10 + scale * case["least"], top + 19, 10 + scale * case["most"], top + 19), fill="black")
+        canvas.text((14 + scale * case["most"], top + 13), f"{case['ratio']:.2f}x", fill="black")
+    canvas.line((10 + scale, 5, 10 + scale, 34 * len(bars) + 10), fill="red")
+    image.save(path)
+
+
+PARTS = {"train": train, "infer": infer, "nms": nms, "loader": loader, "growth": growth, "startup": startup,
+         "score": score_part}
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--models", nargs="+", choices=OURS, default=["FCOS", "RetinaNet", "FSAF"])
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"))
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--objects", type=int, default=10, help="per picture of the training step")
+    parser.add_argument("--amp", default="off", choices=AMP)
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--data", default="shapes", help="pictures of infer and loader")
+    parser.add_argument("--split", help="default: val of shapes, val2017")
+    parser.add_argument("--min-size", type=int, default=800)
+    parser.add_argument("--max-size", type=int, default=1333)
+    parser.add_argument("--pictures", type=int, default=20, help="of infer and loader")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    args.split = args.split or ("val" if args.data == "shapes" else "val2017")
+    device = setup_device(args.device)[0]
+    make_folder(args.out)
+    machine = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else
+               f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{machine}, torch {torch.__version__}")
+    rows = []
+    for part in args.parts or PARTS:
+        rows += PARTS[part](args, device)
+        write_json(args.out / "benchmark.json",
+                   {"machine": machine, "torch": torch.__version__, "rows": rows})
+    plot(rows, args.out / "benchmark.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
