@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
@@ -545,6 +546,15 @@ def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tupl
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture (h, w, 3) uint8 at another size: Pillow's antialiased bilinear filter to 1 of 255, in torch's
+    form, which takes a third of the time."""
+    if image.shape[:2] == (height, width):
+        return image
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return F.interpolate(planes, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
 def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: int, flip: bool = False,
                 use_difficult: bool = False) -> dict:
     """One image at network size.
@@ -560,13 +570,11 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
     boxes, labels = dataset.objects(index, use_difficult)
     width, height = image.size
     new_height, new_width = resized_shape(height, width, min_size, max_size)
-    if (new_height, new_width) != (height, width):
-        image = image.resize((new_width, new_height), Image.BILINEAR)
     boxes = boxes * np.array([new_width / width, new_height / height] * 2, np.float32)
     if flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
         boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), axis=1)
-    return {"image": np.asarray(image), "boxes": boxes, "labels": labels,
+    return {"image": resize(np.array(image), new_height, new_width), "boxes": boxes, "labels": labels,
             "image_id": dataset.image_ids[index].item(), "index": index, "original_size": (height, width)}
 
 
@@ -624,7 +632,7 @@ def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | No
     for i, sample in enumerate(samples):
         h, w = sample["image"].shape[:2]
         n = len(sample["labels"])
-        images[i, :, :h, :w] = torch.from_numpy(sample["image"].copy()).permute(2, 0, 1)
+        images[i, :, :h, :w] = torch.from_numpy(sample["image"]).permute(2, 0, 1)
         gt_boxes[i, :n], gt_labels[i, :n] = (torch.from_numpy(sample["boxes"]),
                                              torch.from_numpy(sample["labels"]))
     return {"images": images, "sizes": sizes, "gt_boxes": gt_boxes, "gt_labels": gt_labels,
