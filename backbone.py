@@ -301,8 +301,11 @@ def read_file(path: str | Path):
         with torch.serialization.safe_globals(_inert_globals(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        code = re.search(r"(?:GLOBAL|refused to load) (\S+)", str(error))
         # The type comes first because some of these errors have no message (EOFError of an empty file).
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = (f"it holds {code[1]}, which is code; of a model, save the state_dict()" if code else
+                  f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
+                  + "; empty, cut off, or not written by torch.save")
         raise WeightsError(f"{path}: cannot be read as weights ({reason})") from error
 
 

@@ -75,10 +75,11 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu",
-               original: bool = False) -> tuple[torch.nn.Module, dict]:
+               original: bool = False, classes: list[str] | None = None) -> tuple[torch.nn.Module, dict]:
     """A trained detector in evaluation mode, and what else its checkpoint holds.
 
-    path: of train.py, or another code base's (see `read_checkpoint`). Returns (model, info): info has args
+    path: of train.py, or another code base's (see `read_checkpoint`, also for original). classes: names in
+    place of its own. Returns (model, info): info has args
     (dict), names (C class names), category_ids (C dataset ids), step, notes, named. Raises WeightsError.
     """
     checkpoint = read_checkpoint(path, original)
@@ -88,7 +89,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu",
     except RuntimeError as error:
         raise WeightsError(f"{path}: its weights do not fit the model its arguments describe "
                            f"({' '.join(str(error).split())})") from error
+    wild = [key for key, value in checkpoint["model"].items() if not value.isfinite().all()]
+    if wild:
+        raise WeightsError(f"{path}: {len(wild)} tensors hold values that are not finite, the first is "
+                           f"{wild[0]}")
     info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step", "notes", "named")}
+    if classes is not None:
+        if len(classes) != len(info["names"]) or len(set(classes)) < len(classes):
+            raise WeightsError(f"--classes names {len(classes)} classes ({len(set(classes))} different), "
+                               f"{path} has {len(info['names'])}")
+        info |= {"names": classes, "named": True}
     return model.to(device, memory_format=memory_format(device)).eval(), info
 
 
@@ -150,7 +160,8 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
     unlike = {key for key in set(state) ^ set(own) if key.startswith("predictor.")}  # cosine or not
     unknown = {key for key in set(state) - set(own) if not (replaced and key.startswith(of_classes))}
     if wrong or unknown:
-        trained = ", ".join(f"{key} {checkpoint['args'].get(key)}" for key in MODEL_ARGS)
+        trained = ", ".join(f"{key} {checkpoint['args'][key]}" for key in MODEL_ARGS
+                            if checkpoint["args"].get(key))
         raise WeightsError(f"{path}: not this model (different in "
                            f"{(wrong or sorted(unknown))[:3]}); it was trained with {trained}")
     model.load_state_dict({**own, **{key: value for key, value in state.items()
@@ -162,7 +173,9 @@ def load_init(model: torch.nn.Module, path: str, names: list[str], say=print):
             f"{', '.join([*kept, 'background']) if kept else 'none'}, new are "
             f"{', '.join(name for name in names if name not in kept) or 'none'}")
     elif replaced:
-        say(f"{path} knows {len(checkpoint['names'])} other classes: new {', '.join(replaced)}")
+        say(f"{path} knows {len(checkpoint['names'])} "
+            + ("other classes" if checkpoint["named"] else "classes, which it does not name")
+            + f": new {', '.join(replaced)}")
 
 
 # ------------------------------------------------------------------------------------ other people's weights
@@ -208,9 +221,11 @@ def _read_foreign(path: str | Path, content, original: bool) -> dict:
     if missing or other:
         raise WeightsError(f"{path}: is not quite {what}: {len(missing)} tensors are missing or of another "
                            f"shape {missing[:4]}, {len(other)} have no place {other[:4]}")
-    names = _class_names(meta, outputs, args["model"] == "defrcn")
-    notes = [f"{path}: {what}, {args['backbone']}, {outputs} classes"
-             + ("" if names else ", which it does not name")]
+    written = _written_names(meta, outputs)
+    names = written or _usual_names(outputs, args["model"] == "defrcn")
+    known = ("" if written else f", not named, taken for {names[0]}, {names[1]}, ..." if names else
+             ", which it does not name")
+    notes = [f"{path}: {what}, {args['backbone']}, {outputs} classes{known}"]
     if extra:
         notes.append(f"{path}: left out {len(extra)} tensors without a place here: {', '.join(extra[:5])}")
     args |= {"min_size": [800], "max_size": 1333, "pad_to": None, "data": None, "stage": None}
@@ -221,13 +236,17 @@ def _read_foreign(path: str | Path, content, original: bool) -> dict:
 
 def _kind(path, state: dict, meta: dict, args: dict, original: bool) -> tuple:
     """What it is, the function that renames it, the layer of its class scores; completes `args`."""
-    style = re.search(r"style\s*=\s*['\"](caffe|pytorch)", str(meta.get("config", meta.get("cfg", ""))))
+    config = str(meta.get("config", meta.get("cfg", "")))
+    style = re.search(r"style\s*=\s*['\"](caffe|pytorch)", config)
     if "bbox_head.conv_centerness.weight" in state:
-        args |= {"model": "fcos", "original": "bbox_head.cls_convs.0.conv.bias" not in state}
+        bias = "bbox_head.cls_convs.0.conv.bias" in state
+        original = "norm_on_bbox=True" not in config.replace(" ", "") if "FCOSHead" in config else not bias
         caffe = style[1] == "caffe" if style else None
-        args["caffe"] = caffe if caffe is not None else "backbone.layer1.0.conv2.weight" in state and (
-            state["backbone.layer1.0.conv2.weight"].shape[1] == 64)
-        return ("an FCOS of mmdetection", lambda s: fcos.rename_mmdet(s, caffe), "head.cls_logits")
+        args |= {"model": "fcos", "original": original, "tower_bias": bias,
+                 "caffe": state["backbone.layer1.0.conv2.weight"].shape[1] == 64 if caffe is None and
+                 "backbone.layer1.0.conv2.weight" in state else bool(caffe)}
+        return (f"an FCOS of mmdetection ({'first' if original else 'improved'} form)",
+                lambda s: fcos.rename_mmdet(s, caffe, original), "head.cls_logits")
     if "bbox_head.retina_reg.weight" in state:
         caffe = args["caffe"] = bool(style) and style[1] == "caffe"
         free = len(state["bbox_head.retina_reg.weight"]) == 4
@@ -255,7 +274,7 @@ def _kind(path, state: dict, meta: dict, args: dict, original: bool) -> tuple:
         what = ("an official DeFRCN" if "affine_rpn.weight" in state else
                 "a Faster R-CNN C4 of detectron2")
         return what, rename_detectron2, "predictor.cls_score"
-    resnet = any(re.search(r"(^|\.)(conv1\.weight|conv1_w)$", key) for key in state)
+    resnet = any(re.fullmatch(r"(stem\.)?conv1(\.weight|_w)", key) for key in state)
     raise WeightsError(f"{path}: not a detector that is known here; {len(state)} tensors like "
                        f"{sorted(state)[:3]}"
                        + (": an ImageNet backbone? train.py takes it as --weights" if resnet else ""))
@@ -281,13 +300,18 @@ def _architecture(state: dict) -> str:
     raise WeightsError(f"its backbone is none of {', '.join(ARCHITECTURES)} (blocks per stage: {blocks})")
 
 
-def _class_names(meta: dict, count: int, few_shot: bool) -> list[str] | None:
-    """mmdetection writes them down. Others' order is that of COCO's ids, or of VOC's alphabet."""
+def _written_names(meta: dict, count: int) -> list[str] | None:
+    """The class names that mmdetection writes down."""
     dataset = meta.get("dataset_meta")
-    written = (dataset if isinstance(dataset, dict) else meta)
+    written = dataset if isinstance(dataset, dict) else meta
     written = written.get("classes") or written.get("CLASSES")
     if isinstance(written, (list, tuple)) and len(written) == count:
         return [str(name) for name in written]
+    return None
+
+
+def _usual_names(count: int, few_shot: bool) -> list[str] | None:
+    """What so many classes are elsewhere, in the order of COCO's ids or of VOC's alphabet."""
     if few_shot:
         known = [COCO_CLASSES, [c for c in COCO_CLASSES if c not in COCO_NOVEL], list(COCO_NOVEL)]
     else:

@@ -521,7 +521,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if int(os.environ.get("RANK", 0)):
             raise SystemExit(2)
-        super().error(message)
+        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
 
 
 def run_script(main):
@@ -564,17 +564,14 @@ def _fails_first() -> bool:
         return int(os.environ["RANK"]) == 0
 
 
-def class_order(args: argparse.Namespace, info: dict, dataset: DetectionDataset) -> list[str]:
-    """The classes of another code base's checkpoint in its own order. Raises DataError where they are not
-    known."""
-    if args.classes or info["named"]:
-        names = args.classes or info["names"]
-        if len(names) != len(info["names"]):
-            raise DataError(f"--classes names {len(names)} classes, {args.ckpt} has {len(info['names'])}")
-        return names
+def class_order(ckpt: str, info: dict, dataset: DetectionDataset) -> list[str]:
+    """The classes of another code base's checkpoint in its own order: those of the data, where it does not
+    name them and has as many. Raises DataError where it has not."""
+    if info["named"]:
+        return info["names"]
     if len(dataset.names) != len(info["names"]):
-        raise DataError(f"{args.ckpt} has {len(info['names'])} classes, which it does not name, the data "
-                        f"have {len(dataset.names)}: say which they are, in its order, with --classes")
+        raise DataError(f"{ckpt} has {len(info['names'])} classes, which it does not name, the data have "
+                        f"{len(dataset.names)}: say which they are, in its order, with --classes")
     return dataset.names
 
 
@@ -643,7 +640,7 @@ def main():
     device, rank, world = setup_device(args.device)
     if args.amp == "fp16" and device.type == "cpu":
         raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
-    model, info = load_model(args.ckpt, device, args.original)
+    model, info = load_model(args.ckpt, device, args.original, args.classes)
     trained = info["args"]
     for note in info["notes"] if rank == 0 else ():
         print(note)
@@ -656,10 +653,11 @@ def main():
         dataset = image_folder(args.images, info["names"], info["category_ids"])
     elif args.data or args.json:
         known = None if trained["stage"] or trained["data"] is None else info["names"]
-        dataset = open_dataset(args.data or "", args.split or trained.get("val_split", "val2017"), args.json,
-                               args.image_dir, known)
+        split = ("val" if args.data == "shapes" else
+                 "val2017" if trained["data"] in (None, "shapes") else trained["val_split"])
+        dataset = open_dataset(args.data or "", args.split or split, args.json, args.image_dir, known)
         if trained["data"] is None:
-            dataset = keep_classes(dataset, class_order(args, info, dataset), drop_empty=False)
+            dataset = keep_classes(dataset, class_order(args.ckpt, info, dataset), drop_empty=False)
     elif trained["data"] is None:
         raise DataError(f"{args.ckpt}: not trained here: say what to score it on with --data (and --split)")
     elif trained["train_json"] and not trained["val_json"] or args.split and trained["val_json"]:

@@ -189,6 +189,8 @@ def check(path: Path, model: nn.Module, inputs: list[tuple]):
         lonely, px, score = compare(mine, theirs)
         print(f"{name}: {len(mine['boxes'])} detections in PyTorch, {len(theirs['boxes'])} in onnxruntime; "
               f"largest difference {px:.1e} px, {score:.1e} in score; {lonely} without a partner")
+        if not len(mine["boxes"]) + len(theirs["boxes"]):
+            print("    which shows nothing: check with pictures in which the model finds something")
         if lonely > EDGE_CASES * max(len(mine["boxes"]), len(theirs["boxes"])):
             raise DataError(f"{path}: does not detect what the checkpoint does")
 
@@ -198,6 +200,8 @@ def main():
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py")
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="input, px")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--classes", metavar="NAME,NAME", type=lambda text: text.split(","),
+                        help="the classes of a --ckpt that does not name them, in its order")
     parser.add_argument("--nms", action="store_true", help="NMS inside")
     parser.add_argument("--check", type=Path, nargs="*", metavar="PICTURE",
                         help="compare with PyTorch on noise and on these pictures")
@@ -205,9 +209,13 @@ def main():
     import_onnx("onnx", "onnxscript")
     if args.check is not None:
         import_onnx("onnxruntime")
-    if min(args.size) < 1 or args.out.is_dir():
-        parser.error(f"--size must be positive, --out a file, not {args.size}, {args.out}")
-    model, info = load_model(args.ckpt)
+    if min(args.size) < 1:
+        parser.error(f"--size must be positive, not {args.size}")
+    if args.out.is_dir():
+        parser.error(f"--out must be a file, not the folder {args.out}")
+    model, info = load_model(args.ckpt, classes=args.classes)
+    for note in info["notes"]:
+        print(note)
     inputs = [] if args.check is None else check_inputs(*args.size, args.check)
     make_folder(args.out.parent)
     write_onnx(model, info["names"], *args.size, args.out, args.nms)

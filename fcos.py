@@ -335,17 +335,20 @@ class FCOS(nn.Module):
 # Each reader gives a state_dict for a strict load, with the pixel mean and std the weights were trained with,
 # in RGB: where they saw BGR, conv1 is flipped. A key that it does not know keeps its name.
 
-def rename_mmdet(state_dict: dict[str, Tensor], caffe: bool | None = None) -> dict[str, Tensor]:
-    """mmdetection's FCOS (2.x and 3.x), for the matching `FCOS`: original=True where the towers have no bias.
+def rename_mmdet(state_dict: dict[str, Tensor], caffe: bool | None = None,
+                 original: bool | None = None) -> dict[str, Tensor]:
+    """mmdetection's FCOS (2.x and 3.x), for the matching `FCOS`.
 
-    caffe: the style of the backbone; None is that of the published files: True for a ResNet, False for a
-    ResNeXt. Raises WeightsError if it is another model.
+    original: the form; None: as published, the first where the towers have no bias. caffe: the style of the
+    backbone; None is that of the published files: True for a ResNet, False for a ResNeXt. Raises WeightsError
+    if it is another model.
     """
     head = {"conv_cls": "cls_logits", "conv_reg": "ltrb", "conv_centerness": "centerness"}
     renamed = rename_mmdet_detector(state_dict, head, tower_layers=3)
     if "head.centerness.weight" not in renamed or "backbone.layer1.0.conv2.weight" not in renamed:
         raise WeightsError(f"not an FCOS of mmdetection: it has keys like {sorted(state_dict)[:3]}")
-    original = "head.cls_tower.0.bias" not in renamed
+    if original is None:
+        original = "head.cls_tower.0.bias" not in renamed
     conv2 = renamed["backbone.layer1.0.conv2.weight"]
     if caffe is None:
         caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet

@@ -19,6 +19,7 @@ import os
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import argparse
+import fcntl
 import json
 import math
 import platform
@@ -234,13 +235,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             path = args.out or Path("runs") / run_name(args)
             path = path / "last.pth" if args.resume == "last" else Path(args.resume)
             parser.set_defaults(out=path.parent)
-        saved = read_checkpoint(path)["args"]
+        checkpoint = read_checkpoint(path)
+        saved = checkpoint["args"]
+        if args.resume and "ranks" not in checkpoint:
+            raise WeightsError(f"{path}: holds weights but no training to go on with: give it as --init")
         parser.set_defaults(model=saved["model"])
         args = parser.parse_args(argv)
         if args.model != saved["model"]:
             parser.error(f"{path} is a checkpoint of --model {saved['model']}, not {args.model}")
         kept = [key for key in saved if key in MODEL_ARGS or args.resume
-                and key not in ("resume", "init", "out", "device")
+                and key not in ("resume", "init", "out")
                 and not (key in ("epochs", "max_steps") and (args.epochs or args.max_steps))]
         parser.set_defaults(**{key: saved[key] for key in kept})
         args = parser.parse_args(argv)
@@ -415,6 +419,19 @@ def rank_states(device: torch.device, world: int, loss_sums: dict, logged: int) 
     return states
 
 
+def refuse_second_writer(log_file, out: Path):
+    """Stops if another run has this log open: both would write the same checkpoint. The lock ends with its
+    process, however that ends."""
+    if log_file is None:  # of rank 0 alone
+        return
+    try:
+        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"--out {out}: another run is writing there; choose another folder") from None
+    except OSError:  # a file system without locks
+        pass
+
+
 def trim_log(path: Path, step: int):
     """Takes the rows after `step` out of a log.jsonl, and a last one that was cut off in writing: the resumed
     run writes them again."""
@@ -570,8 +587,6 @@ def main():
     if args.resume:
         path = args.resume
         checkpoint = read_checkpoint(path)
-        if "ranks" not in checkpoint:
-            raise WeightsError(f"{path}: holds weights but no training to go on with: give it as --init")
         for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at", "stage", "shots", "generalized"):
             if key in checkpoint["args"] and settings[key] != checkpoint["args"][key]:
                 raise WeightsError(f"{path}: was trained with {key} {checkpoint['args'][key]}, not "
@@ -647,6 +662,7 @@ def main():
     model.train()
     data_seconds, window = 0.0, time.perf_counter()
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
+    refuse_second_writer(log_file, args.out)
     for step in range(start, max_steps):
         lr = learning_rate(step, base_lr, drops, warmup_steps, recipe["warmup_factor"],
                            constant_warmup=args.original)
@@ -724,9 +740,13 @@ def main():
                     settings, args.pcb_weights, train_set.names, device, all_classes)}
             for number, handler in defaults.items():  # nothing is lost if an evaluation is cut off
                 noting = signal.signal(number, handler)
-            evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size,
-                     workers=args.workers, amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to,
-                     pictures=args.pictures, **few_shot)
+            try:
+                evaluate(model, val_set, device, args.out, max(args.min_size), args.max_size,
+                         workers=args.workers, amp=AMP[args.amp], rank=rank, world=world, pad_to=args.pad_to,
+                         pictures=args.pictures, **few_shot)
+            except KeyboardInterrupt:
+                raise SystemExit(f"interrupted while scoring step {done}; evaluate.py --ckpt "
+                                 f"{args.out / 'last.pth'} does it again") from None
             for number in defaults:
                 signal.signal(number, noting)
             window = time.perf_counter()

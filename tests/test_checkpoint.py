@@ -256,6 +256,15 @@ def test_the_config_in_the_file_tells_the_style_of_the_backbone(tmp_path, style)
     assert read["model"]["backbone.conv1.weight"][0, 2 if style == "caffe" else 0, 0, 0] == 1  # BGR or RGB
 
 
+def test_the_config_in_the_file_tells_the_form_of_fcos(tmp_path):
+    for norm_on_bbox in (True, False):
+        config = f"bbox_head=dict(type='FCOSHead', norm_on_bbox={norm_on_bbox})"
+        torch.save({"state_dict": mmdet_state("fcos_a"), "meta": {"config": config}}, tmp_path / "x.pth")
+        read = read_checkpoint(tmp_path / "x.pth")
+        assert read["args"]["original"] is not norm_on_bbox and read["args"]["tower_bias"] is False
+        assert ("improved" if norm_on_bbox else "first") in read["notes"][0]
+
+
 def test_objects_of_mmengine_are_read_past(tmp_path, monkeypatch):
     """A log as mmengine 0.x saves it: its own class, with methods and numpy arrays inside."""
     module = ModuleType("mmengine.logging.history_buffer")
@@ -329,6 +338,9 @@ def test_an_unknown_file_says_what_was_found(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, path)
     with pytest.raises(WeightsError, match="an ImageNet backbone. train.py takes it as --weights"):
         read_checkpoint(path)
+    torch.save(torch.nn.Linear(1, 1), path)
+    with pytest.raises(WeightsError, match=r"it holds torch.nn.modules.linear.Linear, which is code; of a"):
+        read_checkpoint(path)
     torch.save([1], path)
     with pytest.raises(WeightsError, match="holds a list"):
         read_checkpoint(path)
@@ -390,15 +402,24 @@ def test_unnamed_classes_must_be_as_many_as_those_of_the_data(tmp_path, mistake)
     assert "say what to score it on with --data" in line
     line = mistake(evaluate.main, "--ckpt", tmp_path / "theirs.pth", "--data", "shapes", "--split", "val",
                    "--classes", "disc,square")
-    assert "--classes names 2 classes" in line and "has 7" in line
+    assert "--classes names 2 classes (2 different)" in line and "has 7" in line
 
 
-def test_other_peoples_classes_go_to_the_data_by_name(tmp_path, mistake):
-    info = {"named": True, "names": ["heart", "disc"]}
-    args = type("Args", (), {"classes": None, "ckpt": "x.pth"})
-    assert evaluate.class_order(args, info, None) == ["heart", "disc"]
-    args.classes = ["star", "ring"]
-    assert evaluate.class_order(args, info, None) == ["star", "ring"]
+def test_classes_can_be_named_for_a_file_that_does_not(tmp_path):
+    torch.save({"model": as_theirs(FCOS(2, caffe=True, **BASIC), adelaidet)}, tmp_path / "theirs.pth")
+    info = load_model(tmp_path / "theirs.pth", classes=["star", "ring"])[1]
+    assert evaluate.class_order("x.pth", info, None) == ["star", "ring"]
+    for names in (["star"], ["star", "star"]):
+        with pytest.raises(WeightsError, match=f"{len(names)} classes .1 different., .*theirs.pth has 2"):
+            load_model(tmp_path / "theirs.pth", classes=names)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = as_theirs(FCOS(2, caffe=True, **BASIC), adelaidet)
+    state["proposal_generator.fcos_head.cls_logits.bias"][0] = float("nan")
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    with pytest.raises(WeightsError, match="1 tensors hold values that are not finite.*head.cls_logits.bias"):
+        load_model(tmp_path / "theirs.pth")
 
 
 def test_training_starts_from_other_peoples_weights(tmp_path):
@@ -408,7 +429,7 @@ def test_training_starts_from_other_peoples_weights(tmp_path):
     mine, said = FCOS(3, caffe=True, **BASIC), []
     load_init(mine, tmp_path / "theirs.pth", ["a", "b", "c"], said.append)
     assert torch.equal(mine.head.ltrb.weight, theirs.head.ltrb.weight)
-    assert "7 other classes: new head.cls_logits.weight, head.cls_logits.bias" in said[-1]
+    assert "7 classes, which it does not name: new head.cls_logits.weight, head.cls_logits.bias" in said[-1]
 
 
 # ---------------------------------------------------------------------------------------------- our own

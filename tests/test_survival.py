@@ -131,6 +131,15 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(tmp_path):
     assert "step 8/8" in out and [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
 
 
+def test_one_folder_takes_one_run(tmp_path):
+    with open(tmp_path / "log.jsonl", "a") as one, open(tmp_path / "log.jsonl", "a") as two:
+        train.refuse_second_writer(one, tmp_path)
+        with pytest.raises(data.DataError, match="another run is writing there"):
+            train.refuse_second_writer(two, tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as three:
+        train.refuse_second_writer(three, tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- workers
 
 DEADLY = """
