@@ -84,12 +84,11 @@ def compared(title: str, times: dict[str, list[float]], per: float = 1.0, unit: 
     return row
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product."""
+def matrix_product(device: torch.device, dtype: torch.dtype):
+    """A function that makes a large matrix product, and its operations."""
     size = 2048 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = min(take_turns({"": lambda: a @ a}, 5, device)[""])
-    return 2 * size ** 3 / seconds
+    return lambda: a @ a, 2 * size ** 3
 
 
 # ---------------------------------------------------------------------------------------------- train
@@ -166,12 +165,15 @@ def train(args, device: torch.device) -> list[dict]:
         title = (f"{name} R-50, step of {args.batch_size} x {args.size[0]} x {args.size[1]}, {args.amp}"
                  + (", compiled" if args.compile else "")
                  + (" (torchvision's has an FPN, another network)" if name == "Faster R-CNN" else ""))
-        row = compared(title, take_turns(cases, args.rounds, device))
+        product, operations = matrix_product(device, amp or torch.float32)
+        times = take_turns({**cases, "product": product}, args.rounds, device)
+        peak = operations / statistics.median(times.pop("product"))
+        row = compared(title, times)
         rows.append(row)
         with FlopCounterMode(display=False) as counter, contextlib.redirect_stdout(io.StringIO()):
             stepper(ours, lambda inputs=inputs: inputs, amp, device)()
         reached = counter.get_total_flops() / (row["cases"]["ours"]["time"] / 1000)
-        row["peak"] = reached / peak_flops(device, amp or torch.float32)
+        row["peak"] = reached / peak
         print(f"    {reached / 1e12:.3f} Tflop/s, {100 * row['peak']:.0f} % of a matrix product's")
         if one_stage:
             row["losses"] = share_of_losses(ours, inputs, amp, device, row["cases"]["ours"]["time"])
@@ -253,8 +255,9 @@ def loader(args, device: torch.device) -> list[dict]:
         for group in groups:
             images = []
             for i in group:
-                with Image.open(os.fsdecode(dataset.paths[i])) as image:
-                    tensor = F.pil_to_tensor(image.convert("RGB"))
+                path = os.fsdecode(dataset.paths[i])
+                image = dataset.image(i) if args.data == "shapes" else Image.open(path)
+                tensor = F.pil_to_tensor(image.convert("RGB"))
                 tensor = F.horizontal_flip(tensor) if i % 2 else tensor
                 images.append(F.to_dtype(tensor, torch.float32, scale=True))
             transform(images)

@@ -223,9 +223,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None =
 
     boxes: (N, 4) px, scores: (N,); N may be 0. "Too much" is an IoU above the threshold. Returns the kept
     indices (M,) int64, best score first, the first `limit` of them; equal scores keep their input order. The
-    result is that of `torchvision.ops.nms`, which is called where it has a kernel.
+    result is that of `torchvision.ops.nms`, which is called where that is better.
     """
-    torchvision_ops = _torchvision_ops(boxes.device.type)
+    torchvision_ops = _torchvision_nms(boxes)
     if torchvision_ops:
         return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)[:limit]
     return nms_plain(boxes, scores, iou_threshold, limit=limit)
@@ -238,7 +238,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
     boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score
     first, the first `limit` of them.
     """
-    torchvision_ops = _torchvision_ops(boxes.device.type)
+    torchvision_ops = _torchvision_nms(boxes)
     if torchvision_ops:
         if boxes.numel():  # it moves classes apart by an offset that supposes coordinates >= 0
             boxes = boxes.float() - boxes.float().min().clamp(max=0)
@@ -273,6 +273,12 @@ def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tenso
         if limit is not None and len(kept) >= limit:
             break
     return order[kept[:limit]]
+
+
+def _torchvision_nms(boxes: Tensor):
+    """torchvision's kernels on a GPU, and in a graph, which the plain form's loop would break. On a CPU the
+    plain form is faster."""
+    return _torchvision_ops(boxes.device.type) if boxes.is_cuda or torch.compiler.is_compiling() else None
 
 
 @cache  # imported at the first call: it takes longer than torch itself

@@ -375,6 +375,24 @@ def test_pickles_of_python2_and_of_every_protocol_are_read(folder):
         assert backbone.read_weight_file(path)["conv1_w"].tolist() == [1.0, -2.5]
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_norm_in_its_convolution_is_the_norm_after_it(trained):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False), FixedStatsBatchNorm2d(6)
+    for value in norm.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    norm.requires_grad_(trained)
+    x = torch.randn(2, 4, 9, 8, requires_grad=True)
+    inputs = [x, conv.weight, *(norm.parameters() if trained else ())]
+    together, apart = backbone.conv_norm(x, conv, norm), norm(conv(x))
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(apart)
+    for one, two in zip(torch.autograd.grad((together * weight).sum(), inputs),
+                        torch.autograd.grad((apart * weight).sum(), inputs)):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------- weight files that are wrong
 
 CONV1 = np.zeros((64, 3, 7, 7), np.float32)

@@ -429,3 +429,13 @@ def test_a_dataset_holds_arrays_not_python_objects(coco):
     for name in ("image_ids", "paths", "sizes", "boxes", "classes", "areas", "crowd", "difficult", "first"):
         assert isinstance(getattr(dataset, name), np.ndarray) and getattr(dataset, name).dtype != object
     assert len(pickle.dumps(dataset)) < 4000
+
+
+def test_pictures_are_resized_as_pillow_does(coco_mini):
+    pictures = sorted((coco_mini / "val2017").iterdir())[:6]
+    sizes = (800, 1067), (64, 96), (333, 500), (100, 640), (7, 5), (480, 640)
+    for path, (height, width) in zip(pictures, sizes):
+        image = Image.open(path).convert("RGB")
+        ours = data.resize(np.array(image), height, width).astype(int)
+        theirs = np.asarray(image.resize((width, height), Image.BILINEAR)).astype(int)
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1

@@ -301,3 +301,16 @@ def test_classes_stay_apart_at_negative_coordinates():
     scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 1])
     assert ops.batched_nms(boxes, scores, labels, 0.5).tolist() == [0, 1]
     assert ops.nms_plain(boxes, scores, 0.5, labels).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 300, 5000])
+def test_a_limit_keeps_the_best_of_what_is_kept(limit):
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(2000, 2, generator=generator) * 300
+    boxes = torch.cat((corner, corner + 5 + torch.rand(2000, 2, generator=generator) * 40), dim=1)
+    scores, labels = torch.rand(2000, generator=generator), torch.randint(0, 3, (2000,), generator=generator)
+    for call in (ops.nms, ops.nms_plain):
+        assert torch.equal(call(boxes, scores, 0.5, limit=limit), call(boxes, scores, 0.5)[:limit])
+    for call in (lambda **limit: ops.batched_nms(boxes, scores, labels, 0.5, **limit),
+                 lambda **limit: ops.nms_plain(boxes, scores, 0.5, labels, **limit)):
+        assert torch.equal(call(limit=limit), call()[:limit])
