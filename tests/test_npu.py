@@ -87,7 +87,10 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("form", FORM_NAMES)
 def test_training_on_an_npu_equals_training_on_a_cpu(runs, form):
     npu, cpu = runs[f"{form} npu"], runs[f"{form} cpu"]
-    assert losses(npu) == pytest.approx(losses(cpu), rel=1e-5) and len(losses(npu)) == 3
+    assert losses(npu)[0] == pytest.approx(losses(cpu)[0], rel=1e-5) and len(losses(npu)) == 3
+    # Later a rounding error may change which proposals a two-stage detector samples.
+    tolerance = 0.02 if form in ("base", "novel") else 1e-5
+    assert losses(npu) == pytest.approx(losses(cpu), rel=tolerance)
     assert "AP50" in npu["metrics"]
     assert "npu (FakeNPU), 1 rank(s)" in npu["text"] and npu["rows"][-1]["memory_gb"] > 0
     assert npu["options"] == {"jitCompile": "disable", "allow_internal_format": False}
