@@ -10,6 +10,7 @@ printed, and written to --out as benchmark.json and, the ratios, benchmark.png.
 
     train     forward, losses, backward and SGD on one synthetic batch, same freezing; share of the losses,
               and of the machine's peak (a large matrix product)
+    memory    peak of that step
     infer     pictures of --data to detections: evaluate.py's loop, and a plain loop over torchvision's model
     nms       plain torch and torchvision's kernel, for the calls that the detectors make
     loader    pictures of --data to batches, in one process
@@ -24,7 +25,9 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch: see
 import contextlib
 import io
 import json
+import multiprocessing
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -45,6 +48,7 @@ from evaluate import Parser, detect, make_folder, run_script, score, setup_devic
 from fcos import FCOS
 from fsaf import FSAF
 from ops import nms_plain
+from train import peak_memory
 
 CLASSES = 80
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -134,34 +138,40 @@ def torchvision_model(name: str, height: int, width: int) -> torch.nn.Module:
     return {"FCOS": detection.FCOS, "RetinaNet": detection.RetinaNet}[name](backbone, CLASSES, **options)
 
 
+PEERS, TWO_STAGE = ("FCOS", "RetinaNet", "Faster R-CNN"), ("Faster R-CNN", "DeFRCN")
 OURS = {"FCOS": lambda: FCOS(CLASSES), "RetinaNet": lambda: FSAF(CLASSES, anchor_only=True, norm="frozen"),
         "FSAF": lambda: FSAF(CLASSES), "FSAF joint": lambda: FSAF(CLASSES, joint=True),
         "Faster R-CNN": lambda: DeFRCN(CLASSES, "resnet50", decouple=False, pool_size=14, freeze_at=2),
         "DeFRCN": lambda: DeFRCN(CLASSES, "resnet50")}
 
 
-def train(args, device: torch.device) -> list[dict]:
+def our_step(args, name: str, device: torch.device):
+    """A training step of ours, the model and its inputs."""
+    torch.manual_seed(0)
+    images, *rest = batch(args.batch_size, *args.size, args.objects, device)
+    inputs = (images.contiguous(memory_format=memory_format(device)), *rest)
+    model = OURS[name]().to(device, memory_format=memory_format(device))
+    network = torch.compile(model, fullgraph=name not in TWO_STAGE) if args.compile else model
+    return stepper(network, lambda: inputs, AMP[args.amp], device), model, inputs
+
+
+def their_step(args, name: str, device: torch.device, amp: torch.dtype | None):
+    """A training step of torchvision's, from where it starts: images between 0 and 1, boxes in dicts."""
+    images, _, boxes, labels = batch(args.batch_size, *args.size, args.objects, device)
+    targets = [{"boxes": b, "labels": n + (name == "Faster R-CNN")} for b, n in zip(boxes, labels)]
+    return stepper(torchvision_model(name, *args.size), lambda: (list(images.float() / 255), targets), amp,
+                   device)
+
+
+def train_part(args, device: torch.device) -> list[dict]:
     rows, amp = [], AMP[args.amp]
-    images, sizes, boxes, labels = batch(args.batch_size, *args.size, args.objects, device)
-    last = images.contiguous(memory_format=memory_format(device))
     for name in args.models:
-        torch.manual_seed(0)
-        ours = OURS[name]().to(device, memory_format=memory_format(device))
-        inputs = (last, sizes, boxes, labels)
-        one_stage = name not in ("Faster R-CNN", "DeFRCN")  # NMS of proposals breaks the graph of the others
-        network = torch.compile(ours, fullgraph=one_stage) if args.compile else ours
-        cases = {"ours": stepper(network, lambda inputs=inputs: inputs, amp, device)}
-        if name in ("FCOS", "RetinaNet", "Faster R-CNN"):
-            # They start where a step of theirs does: float images between 0 and 1, boxes in dicts.
-            targets = [{"boxes": b, "labels": n + (name == "Faster R-CNN")} for b, n in zip(boxes, labels)]
-            theirs = torchvision_model(name, *args.size)
-
-            def given(targets=targets):
-                return list(images.float() / 255), targets
-
-            cases["torchvision"] = stepper(theirs, given, None, device)
+        step, ours, inputs = our_step(args, name, device)
+        cases = {"ours": step}
+        if name in PEERS:
+            cases["torchvision"] = their_step(args, name, device, None)
             if amp:
-                cases[f"torchvision {args.amp}"] = stepper(theirs, given, amp, device)
+                cases[f"torchvision {args.amp}"] = their_step(args, name, device, amp)
         title = (f"{name} R-50, step of {args.batch_size} x {args.size[0]} x {args.size[1]}, {args.amp}"
                  + (", compiled" if args.compile else "")
                  + (" (torchvision's has an FPN, another network)" if name == "Faster R-CNN" else ""))
@@ -171,14 +181,49 @@ def train(args, device: torch.device) -> list[dict]:
         row = compared(title, times)
         rows.append(row)
         with FlopCounterMode(display=False) as counter, contextlib.redirect_stdout(io.StringIO()):
-            stepper(ours, lambda inputs=inputs: inputs, amp, device)()
+            stepper(ours, lambda inputs=inputs: inputs, amp, device)()  # not compiled: operators are counted
         reached = counter.get_total_flops() / (row["cases"]["ours"]["time"] / 1000)
         row["peak"] = reached / peak
         print(f"    {reached / 1e12:.3f} Tflop/s, {100 * row['peak']:.0f} % of a matrix product's")
-        if one_stage:
+        if name not in TWO_STAGE:
             row["losses"] = share_of_losses(ours, inputs, amp, device, row["cases"]["ours"]["time"])
             print(f"    targets and losses, with their backward: {100 * row['losses']:.1f} % of the step")
     return rows
+
+
+def memory(args, device: torch.device) -> list[dict]:
+    """Peak memory of two steps, each case in a process of its own."""
+    rows = []
+    for name in (name for name in args.models if name in PEERS):
+        row = {"title": f"{name} R-50, peak memory of steps of {args.batch_size} x {args.size[0]} x "
+                        f"{args.size[1]}, {args.amp}", "unit": "MB", "cases": {}}
+        for case in ("ours", "torchvision"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                row["cases"][case] = {"time": pool.apply(peak_of_steps, (args, name, case, device))}
+        for case in row["cases"].values():
+            case["ratio"] = case["least"] = case["most"] = case["time"] / row["cases"]["ours"]["time"]
+        print(f"{row['title']}: " + ", ".join(f"{case} {value['time']:.0f} MB ({value['ratio']:.2f}x)"
+                                              for case, value in row["cases"].items()), flush=True)
+        rows.append(row)
+    return rows
+
+
+def peak_of_steps(args, name: str, case: str, device: torch.device) -> float:
+    """MB, without what the process takes before it builds a model; of the device, or resident on a CPU."""
+    def peak() -> float:
+        if device.type != "cpu":
+            return 1000 * peak_memory(device)
+        # Not getrusage: its peak outlives exec, so a child's begins with its parent's.
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1.024 / 1000
+
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+    before = peak()
+    step = (our_step(args, name, device)[0] if case == "ours" else
+            their_step(args, name, device, AMP[args.amp]))
+    for _ in range(2):
+        step()
+    return peak() - before
 
 
 def share_of_losses(model, inputs, amp, device, step_ms: float) -> float:
@@ -411,8 +456,8 @@ def plot(rows: list[dict], path: Path):
     image.save(path)
 
 
-PARTS = {"train": train, "infer": infer, "nms": nms, "loader": loader, "growth": growth, "startup": startup,
-         "score": score_part}
+PARTS = {"train": train_part, "memory": memory, "infer": infer, "nms": nms, "loader": loader,
+         "growth": growth, "startup": startup, "score": score_part}
 
 
 def main():

@@ -17,6 +17,7 @@ def bench(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_parts_write_ratios_and_a_plot(bench, tmp_path, capsys):
     pytest.importorskip("torchvision")
     rows = bench("nms", "loader", "--pictures", 4, "--min-size", 64, "--max-size", 96)

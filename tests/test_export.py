@@ -208,6 +208,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_script_writes_and_checks_a_file(checkpoint, tmp_path, monkeypatch, capsys):
     need_onnx()
     Image.effect_noise((200, 90), 60).save(tmp_path / "photo.png")

@@ -550,7 +550,7 @@ def test_the_training_step_has_no_data_dependent_shape(form):
     assert_static_shapes(small_model(**form), small_batch())
 
 
-@pytest.mark.parametrize("objects", [(3, 2), (0, 0)])
+@pytest.mark.parametrize("objects", [(3, 2), pytest.param((0, 0), marks=pytest.mark.slow)])
 def test_the_loss_step_compiles_without_graph_breaks(objects):
     assert_compiles(small_joint(), small_batch(objects))
 

@@ -110,7 +110,8 @@ def test_a_short_run_leaves_its_files(script, tmp_path):
         assert words in out
 
 
-@pytest.mark.parametrize("model", ["fcos", pytest.param("fsaf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["fcos", "fsaf"])
 def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path, model):
     joint = ("--model", "fsaf", "--fsaf-joint") if model == "fsaf" else ()
     assert script(*TINY, *joint, "--max-steps", 6, "--no-eval", "--save-every", 3, "--keep")[0] == 0
@@ -212,6 +213,7 @@ def test_the_script_itself_shows_no_traceback(script, words, message):
         assert "images [" in out and "losses {" in out
 
 
+@pytest.mark.slow
 def test_a_picture_that_turns_out_broken_stops_the_run_by_name(script, tmp_path, coco_mini):
     for name in ("annotations", "train2017", "val2017"):
         (tmp_path / "coco").mkdir(exist_ok=True)
@@ -243,6 +245,7 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
     assert torch.load(tmp_path / "c.pth", weights_only=True) == {"step": 1}
 
 
+@pytest.mark.slow
 def test_bf16_and_voc_and_multi_scale_run(script, tmp_path, bccd):
     code, out, err = script(*TINY, "--data", bccd, "--train-split", "2007_trainval",
                             "--val-split", "2007_test", "--weights", "none", "--backbone", "resnet18",

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -28,6 +29,7 @@ assert not any(name.startswith("torchvision.") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_training_and_scoring_need_torch_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", BLOCKED, str(ROOT)], cwd=tmp_path, capture_output=True,
                           text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
