@@ -125,7 +125,7 @@ def test_float16_equals_float32_but_for_rounding(runs):
 
 @pytest.mark.slow
 @needs_stand_in
-@pytest.mark.parametrize("form", FORM_NAMES)
+@pytest.mark.parametrize("form", ["fcos", "joint", "base"])
 def test_mixed_precision(tmp_path, form):
     # P7 is 2 x 2 at this size: with one output cell torch 2.15's bfloat16 convolution of some CPUs has a
     # weight gradient full of uninitialised memory.

@@ -211,7 +211,7 @@ def test_a_rank_that_fails_alone_stops_all_with_its_reason_once(script, tmp_path
     assert err.count("Traceback") == 1 and "ChildFailedError" in err  # torchrun's own
 
 
-SPREAD = (*TINY, "--batch-size", 16, "--min-size", 64, "--max-size", 64, "--norm", "affine", "--max-steps", 4)
+SPREAD = (*TINY, "--batch-size", 16, "--min-size", 64, "--max-size", 64, "--norm", "affine", "--max-steps", 3)
 
 
 @pytest.mark.slow
