@@ -45,7 +45,7 @@ def test_ratios_are_theirs_over_ours(capsys):
 
 
 def test_an_unknown_part_is_named(mistake):
-    assert "there is no part trian; parts are train, infer" in mistake(benchmark.main, "trian")
+    assert "there is no part trian; parts are train, memory, infer" in mistake(benchmark.main, "trian")
 
 
 def test_turns_are_taken_round_by_round():
