@@ -14,14 +14,15 @@ printed, and written to --out as benchmark.json and, the ratios, benchmark.png.
     infer     pictures of --data to detections: evaluate.py's loop, and a plain loop over torchvision's model
     nms       plain torch and torchvision's kernel, for the calls that the detectors make
     loader    pictures of --data to batches, in one process
-    growth    the step's time against size of image and batch and number of objects
-    startup   a COCO-format file of the size of train2017 to the first batch of indices
+    growth    a step against sizes of image and batch, objects, ranks; start-up and batches against the data
+    startup   a COCO-format file of the size of train2017 to the first batch, its time and memory
     score     COCO scores of 5000 pictures with 100 detections each, and pycocotools alone
 """
 import os
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch: see evaluate.py
 
+import argparse
 import contextlib
 import io
 import json
@@ -29,6 +30,8 @@ import multiprocessing
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -39,19 +42,30 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import memory_format
 from data import DetectionDataset, StepBatches, TrainSamples, collate, load_coco, open_dataset
-from defrcn import DeFRCN
-from evaluate import Parser, detect, make_folder, run_script, score, setup_device, synchronize, write_json
+from defrcn import POST_NMS_TOP_K, PRE_NMS_TOP_K, DeFRCN
+from evaluate import (
+    AMP,
+    Parser,
+    autocast,
+    detect,
+    make_folder,
+    run_script,
+    score,
+    setup_device,
+    synchronize,
+    write_json,
+)
 from fcos import FCOS
 from fsaf import FSAF
 from ops import nms_plain
 from train import peak_memory
 
 CLASSES = 80
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -71,18 +85,18 @@ def take_turns(cases: dict, rounds: int, device: torch.device) -> dict[str, list
 
 
 def compared(title: str, times: dict[str, list[float]], per: float = 1.0, unit: str = "ms") -> dict:
-    """Prints and returns the times of the cases, of which the first is ours, and the ratios of the others.
+    """Prints and returns what the cases take, of which the first is ours, and the ratios of the others.
 
-    per: how many steps, pictures or calls a time is for.
+    times: seconds (shown as ms) or, with unit="MB", GB. per: how many steps, pictures or calls they are for.
     """
     ours = next(iter(times))
     row = {"title": title, "unit": unit, "cases": {}}
     for name, values in times.items():
         ratios = [value / mine for value, mine in zip(values, times[ours])]
-        row["cases"][name] = {"time": 1000 * statistics.median(values) / per,
+        row["cases"][name] = {"value": 1000 * statistics.median(values) / per,
                               "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
     print(f"{title}: " + ", ".join(
-        f"{name} {case['time']:.1f} {unit}"
+        f"{name} {case['value']:.1f} {unit}"
         + ("" if name == ours else f" ({case['ratio']:.2f}x, {case['least']:.2f} to {case['most']:.2f})")
         for name, case in row["cases"].items()), flush=True)
     return row
@@ -110,14 +124,14 @@ def batch(count: int, height: int, width: int, objects: int, device) -> tuple[to
 
 
 def stepper(model: torch.nn.Module, inputs, amp: torch.dtype | None, device: torch.device):
-    """A function that makes a training step; inputs: a function that gives the model's arguments."""
+    """A function that makes a training step. inputs: the model's arguments, or a function that gives them."""
     model.to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9)
 
     def step():
-        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            losses = model(*inputs())
+        with autocast(device, amp):
+            losses = model(*(inputs() if callable(inputs) else inputs))
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -125,17 +139,29 @@ def stepper(model: torch.nn.Module, inputs, amp: torch.dtype | None, device: tor
 
 
 def torchvision_model(name: str, height: int, width: int) -> torch.nn.Module:
-    """torchvision's one-stage detector on ResNet-50 with the published freezing, without resizing."""
+    """torchvision's detector on ResNet-50 with the published freezing, without resizing. Its Faster R-CNN is
+    put together from its parts as C4, the form of DeFRCN."""
+    import torchvision
     from torchvision.models import detection
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
     options = {"min_size": min(height, width), "max_size": max(height, width)}
-    if name == "Faster R-CNN":
-        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
-        return detection.FasterRCNN(backbone, CLASSES + 1, **options)
-    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3,
-                                   returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
-    return {"FCOS": detection.FCOS, "RetinaNet": detection.RetinaNet}[name](backbone, CLASSES, **options)
+    if name != "Faster R-CNN":
+        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3,
+                                       returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+        return {"FCOS": detection.FCOS, "RetinaNet": detection.RetinaNet}[name](backbone, CLASSES, **options)
+    body = torchvision.models.resnet50(weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    backbone = torch.nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool, body.layer1, body.layer2,
+                                   body.layer3)
+    backbone[:5].requires_grad_(False)
+    backbone.out_channels = 1024
+    head = torch.nn.Sequential(body.layer4, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return detection.FasterRCNN(
+        backbone, rpn_anchor_generator=detection.rpn.AnchorGenerator(((32, 64, 128, 256, 512),),
+                                                                     ((0.5, 1.0, 2.0),)),
+        rpn_pre_nms_top_n_train=PRE_NMS_TOP_K[0], rpn_post_nms_top_n_train=POST_NMS_TOP_K[0],
+        box_roi_pool=torchvision.ops.MultiScaleRoIAlign(["0"], 14, sampling_ratio=0), box_head=head,
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(2048, CLASSES + 1), **options)
 
 
 PEERS, TWO_STAGE = ("FCOS", "RetinaNet", "Faster R-CNN"), ("Faster R-CNN", "DeFRCN")
@@ -151,8 +177,9 @@ def our_step(args, name: str, device: torch.device):
     images, *rest = batch(args.batch_size, *args.size, args.objects, device)
     inputs = (images.contiguous(memory_format=memory_format(device)), *rest)
     model = OURS[name]().to(device, memory_format=memory_format(device))
-    network = torch.compile(model, fullgraph=name not in TWO_STAGE) if args.compile else model
-    return stepper(network, lambda: inputs, AMP[args.amp], device), model, inputs
+    if args.compile:
+        model.compile(dynamic=False)
+    return stepper(model, inputs, AMP[args.amp], device), model, inputs
 
 
 def their_step(args, name: str, device: torch.device, amp: torch.dtype | None):
@@ -173,20 +200,19 @@ def train_part(args, device: torch.device) -> list[dict]:
             if amp:
                 cases[f"torchvision {args.amp}"] = their_step(args, name, device, amp)
         title = (f"{name} R-50, step of {args.batch_size} x {args.size[0]} x {args.size[1]}, {args.amp}"
-                 + (", compiled" if args.compile else "")
-                 + (" (torchvision's has an FPN, another network)" if name == "Faster R-CNN" else ""))
+                 + (", compiled" if args.compile else ""))
         product, operations = matrix_product(device, amp or torch.float32)
         times = take_turns({**cases, "product": product}, args.rounds, device)
         peak = operations / statistics.median(times.pop("product"))
         row = compared(title, times)
         rows.append(row)
-        with FlopCounterMode(display=False) as counter, contextlib.redirect_stdout(io.StringIO()):
-            stepper(ours, lambda inputs=inputs: inputs, amp, device)()  # not compiled: operators are counted
-        reached = counter.get_total_flops() / (row["cases"]["ours"]["time"] / 1000)
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+            step()  # not compiled: operators are counted
+        reached = counter.get_total_flops() / (row["cases"]["ours"]["value"] / 1000)
         row["peak"] = reached / peak
         print(f"    {reached / 1e12:.3f} Tflop/s, {100 * row['peak']:.0f} % of a matrix product's")
         if name not in TWO_STAGE:
-            row["losses"] = share_of_losses(ours, inputs, amp, device, row["cases"]["ours"]["time"])
+            row["losses"] = share_of_losses(ours, inputs, amp, device, row["cases"]["ours"]["value"])
             print(f"    targets and losses, with their backward: {100 * row['losses']:.1f} % of the step")
     return rows
 
@@ -195,29 +221,29 @@ def memory(args, device: torch.device) -> list[dict]:
     """Peak memory of two steps, each case in a process of its own."""
     rows = []
     for name in (name for name in args.models if name in PEERS):
-        row = {"title": f"{name} R-50, peak memory of steps of {args.batch_size} x {args.size[0]} x "
-                        f"{args.size[1]}, {args.amp}", "unit": "MB", "cases": {}}
-        for case in ("ours", "torchvision"):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row["cases"][case] = {"time": pool.apply(peak_of_steps, (args, name, case, device))}
-        for case in row["cases"].values():
-            case["ratio"] = case["least"] = case["most"] = case["time"] / row["cases"]["ours"]["time"]
-        print(f"{row['title']}: " + ", ".join(f"{case} {value['time']:.0f} MB ({value['ratio']:.2f}x)"
-                                              for case, value in row["cases"].items()), flush=True)
-        rows.append(row)
+        title = (f"{name} R-50, peak memory of steps of {args.batch_size} x {args.size[0]} x {args.size[1]}, "
+                 f"{args.amp}")
+        rows.append(compared(title, {case: [in_a_process(peak_of_steps, args, name, case, device)]
+                                     for case in ("ours", "torchvision")}, unit="MB"))
     return rows
 
 
-def peak_of_steps(args, name: str, case: str, device: torch.device) -> float:
-    """MB, without what the process takes before it builds a model; of the device, or resident on a CPU."""
-    def peak() -> float:
-        if device.type != "cpu":
-            return 1000 * peak_memory(device)
-        # Not getrusage: its peak outlives exec, so a child's begins with its parent's.
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1.024 / 1000
+def in_a_process(function, *arguments):
+    """The result of a function called in a fresh process: its memory begins anew."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
+
+def resident_peak() -> float:
+    """GB of this process. Not getrusage's: that outlives exec, so a child's begins with its parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def peak_of_steps(args, name: str, case: str, device: torch.device) -> float:
+    """GB, without what the process takes before it builds a model; of the device, or resident on a CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
+    peak = resident_peak if device.type == "cpu" else partial(peak_memory, device)
     before = peak()
     step = (our_step(args, name, device)[0] if case == "ours" else
             their_step(args, name, device, AMP[args.amp]))
@@ -229,7 +255,7 @@ def peak_of_steps(args, name: str, case: str, device: torch.device) -> float:
 def share_of_losses(model, inputs, amp, device, step_ms: float) -> float:
     """Time from the network's outputs to their gradients, in parts of the step."""
     images, sizes, boxes, labels = inputs
-    with torch.no_grad(), torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+    with torch.no_grad(), autocast(device, amp):
         outputs = model.network(images, sizes)
     outputs = {key: value.detach().requires_grad_() if torch.is_tensor(value) else value
                for key, value in outputs.items()}
@@ -242,14 +268,19 @@ def share_of_losses(model, inputs, amp, device, step_ms: float) -> float:
 
 # ---------------------------------------------------------------------------------------------- infer, loader
 
-def pictures(args, count: int):
-    dataset = open_dataset(args.data, args.split)
-    return dataset, min(count, len(dataset))
+def pictures(args) -> DetectionDataset:
+    """The first pictures of the data, without objects."""
+    whole, none = open_dataset(args.data, args.split), np.zeros(0)
+    part = slice(args.pictures)
+    dataset = DetectionDataset(whole.names, whole.category_ids, whole.image_ids[part],
+                               [os.fsdecode(path) for path in whole.paths[part]], whole.sizes[part],
+                               np.zeros((0, 4)), none, none, none, none, none.astype(np.int64))
+    dataset.image = whole.image  # shapes draws them
+    return dataset
 
 
 def infer(args, device: torch.device) -> list[dict]:
-    dataset, count = pictures(args, args.pictures)
-    dataset = first(dataset, count)
+    dataset = pictures(args)
     ours = FCOS(CLASSES).to(device, memory_format=memory_format(device)).eval()
     theirs = torchvision_model("FCOS", args.min_size, args.max_size).to(device).eval()
     theirs.transform.min_size, theirs.transform.max_size = (args.min_size,), args.max_size
@@ -262,32 +293,23 @@ def infer(args, device: torch.device) -> list[dict]:
     def their_loop(dtype=None):
         for i in range(len(dataset)):
             image = torch.from_numpy(np.asarray(dataset.image(i)).copy()).permute(2, 0, 1).to(device)
-            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            with autocast(device, dtype):
                 theirs([image.float() / 255])[0]["boxes"].cpu()
 
     cases = {"ours": our_loop, "torchvision": their_loop}
     if amp:
         cases[f"torchvision {args.amp}"] = partial(their_loop, amp)
-    return [compared(f"FCOS R-50, {count} pictures at {args.min_size}/{args.max_size}, {args.amp}, per "
-                     f"picture", take_turns(cases, max(1, args.rounds // 2), device), per=count)]
-
-
-def first(dataset, count: int):
-    """The first pictures of a dataset, as a dataset without objects."""
-    none = np.zeros(0)
-    part = DetectionDataset(dataset.names, dataset.category_ids, dataset.image_ids[:count],
-                            [os.fsdecode(path) for path in dataset.paths[:count]], dataset.sizes[:count],
-                            np.zeros((0, 4)), none, none, none, none, none.astype(np.int64))
-    part.image = dataset.image
-    return part
+    times = take_turns(cases, max(1, args.rounds // 2), device)
+    return [compared(f"FCOS R-50, {len(dataset)} pictures at {args.min_size}/{args.max_size}, {args.amp}, "
+                     f"per picture", times, per=len(dataset))]
 
 
 def loader(args, device: torch.device) -> list[dict]:
     """One process, no network: decode, resize, flip, batch."""
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
     from torchvision.transforms.v2 import functional as F
-    dataset, count = pictures(args, args.pictures)
-    samples = TrainSamples(dataset, [args.min_size], args.max_size)
+    dataset = pictures(args)
+    samples, count = TrainSamples(dataset, [args.min_size], args.max_size), len(dataset)
     transform = GeneralizedRCNNTransform(args.min_size, args.max_size, [0.485, 0.456, 0.406],
                                          [0.229, 0.224, 0.225])
     groups = [range(i, min(i + 2, count)) for i in range(0, count, 2)]
@@ -300,9 +322,9 @@ def loader(args, device: torch.device) -> list[dict]:
         for group in groups:
             images = []
             for i in group:
-                path = os.fsdecode(dataset.paths[i])
-                image = dataset.image(i) if args.data == "shapes" else Image.open(path)
-                tensor = F.pil_to_tensor(image.convert("RGB"))
+                image = (dataset.image(i) if args.data == "shapes" else
+                         Image.open(os.fsdecode(dataset.paths[i])).convert("RGB"))
+                tensor = F.pil_to_tensor(image)
                 tensor = F.horizontal_flip(tensor) if i % 2 else tensor
                 images.append(F.to_dtype(tensor, torch.float32, scale=True))
             transform(images)
@@ -361,19 +383,59 @@ def growth(args, device: torch.device) -> list[dict]:
             for variant in variants:
                 images, *rest = batch(*variant, device)
                 inputs = (images.contiguous(memory_format=memory_format(device)), *rest)
-                cases[" x ".join(map(str, variant))] = stepper(model, lambda inputs=inputs: inputs,
-                                                               AMP[args.amp], device)
+                cases[" x ".join(map(str, variant))] = stepper(model, inputs, AMP[args.amp], device)
             rows.append(compared(f"{name}: {what} (pictures x height x width x objects)",
                                  take_turns(cases, max(1, args.rounds // 2), device)))
-    return rows
+    for name in args.models:
+        peaks = {}
+        for objects in (10, 200):
+            variant = argparse.Namespace(**vars(args) | {"size": half, "objects": objects})
+            peaks[f"{objects} objects"] = [in_a_process(peak_of_steps, variant, name, "ours", device)]
+        rows.append(compared(f"{name}: peak memory of steps of {args.batch_size} x {half[0]} x {half[1]}",
+                             peaks, unit="MB"))
+    return [*rows, growth_of_ranks(args), *growth_of_data(args)]
+
+
+def growth_of_ranks(args) -> dict:
+    """Steps of train.py on the CPU, four pictures and one thread per rank."""
+    times = {ranks: [] for ranks in (1, 2)}
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    run = (Path(__file__).with_name("train.py"), "--device", "cpu", "--no-eval", "--max-steps", "30",
+           "--log-every", "20")
+    with tempfile.TemporaryDirectory() as out:
+        for _ in range(max(1, args.rounds // 2)):
+            for ranks, values in times.items():
+                subprocess.run([*torchrun, f"--nproc_per_node={ranks}", *run, "--batch-size", str(4 * ranks),
+                                "--out", out], check=True, capture_output=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                *_, last = (Path(out) / "log.jsonl").read_text().splitlines()
+                values.append(json.loads(last)["step_s"])
+    return compared("train.py on shapes, 4 pictures and 1 thread per rank, a step",
+                    {f"{ranks} rank(s)": values for ranks, values in times.items()})
+
+
+def growth_of_data(args) -> list[dict]:
+    """What a data set costs that is 10 and 118 times as large: reading it, and a batch of two pictures."""
+    reading, batches = {}, {}
+    for images in (1000, 10_000, 118_287):
+        with tempfile.TemporaryDirectory() as name:
+            dataset, seconds, _ = start_up(coco_file(Path(name), images, 7 * images))
+            reading[f"{images} pictures"] = [seconds]
+            loader = iter(DataLoader(
+                TrainSamples(dataset, [args.min_size], args.max_size), collate_fn=collate,
+                batch_sampler=StepBatches(dataset, np.arange(images), 2, stop=20)))
+            batches[f"of {images}"] = take_turns({"": partial(next, loader)}, 19, torch.device("cpu"))[""]
+    return [compared("start-up with files of", reading), compared("a batch of two pictures", batches)]
 
 
 # --------------------------------------------------------------------------------------------- startup, score
 
 def coco_file(folder: Path, images: int, boxes: int) -> Path:
-    """A COCO-format file of random boxes, with empty picture files."""
+    """A COCO-format file of random boxes; its pictures are one, under many names."""
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir()
+    picture = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).resize((640, 480), Image.BICUBIC)
+    picture.save(folder / "picture.jpg", quality=90)
     image_of, xywh = rng.integers(0, images, boxes), rng.uniform(1, 200, (boxes, 4)).round(2).tolist()
     category = rng.integers(1, CLASSES + 1, boxes).tolist()
     content = {
@@ -384,28 +446,37 @@ def coco_file(folder: Path, images: int, boxes: int) -> Path:
                          "bbox": xywh[i], "area": xywh[i][2] * xywh[i][3], "iscrowd": 0}
                         for i in range(boxes)]}
     for image in content["images"]:
-        (folder / "pictures" / image["file_name"]).touch()
+        os.link(folder / "picture.jpg", folder / "pictures" / image["file_name"])
     (folder / "boxes.json").write_text(json.dumps(content))
     return folder / "boxes.json"
+
+
+def start_up(path: Path) -> tuple[DetectionDataset, float, float]:
+    """The data set of a file, the seconds that train.py takes to its first batch of indices, and the peak of
+    memory in GB."""
+    start = time.perf_counter()
+    dataset = load_coco([(path, path.parent / "pictures")])
+    dataset.table()
+    next(iter(StepBatches(dataset, dataset.non_empty(), 16, stop=1)))
+    return dataset, time.perf_counter() - start, resident_peak()
+
+
+def read_by_pycocotools(path: Path) -> tuple[None, float, float]:
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        COCO(path)
+    return None, time.perf_counter() - start, resident_peak()
 
 
 def startup(args, device: torch.device) -> list[dict]:
     """118,287 pictures, 860,001 boxes, as train2017 without its outlines."""
     with tempfile.TemporaryDirectory() as name:
         path = coco_file(Path(name), 118_287, 860_001)
-
-        def ours():
-            dataset = load_coco([(path, path.parent / "pictures")])
-            dataset.table()
-            indices = dataset.non_empty()
-            next(iter(StepBatches(dataset, indices, 16, stop=1)))
-
-        def pycocotools():
-            with contextlib.redirect_stdout(io.StringIO()):
-                COCO(path)
-
-        times = take_turns({"ours": ours, "pycocotools, reading alone": pycocotools}, 1, torch.device("cpu"))
-        return [compared("118,287 pictures and 860,001 boxes: file to first batch", times)]
+        cases = {"ours": in_a_process(start_up, path),
+                 "pycocotools, reading alone": in_a_process(read_by_pycocotools, path)}
+    title = "118,287 pictures and 860,001 boxes, file to first batch"
+    return [compared(f"{title}: {what}", {case: [values[i]] for case, values in cases.items()}, unit=unit)
+            for i, what, unit in ((1, "time", "ms"), (2, "peak of the process", "MB"))]
 
 
 def score_part(args, device: torch.device) -> list[dict]:

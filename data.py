@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
+ORIENTATION = 0x0112  # EXIF's tag
 PADDING, CROWD = -1, -2  # gt_labels of rows that are no object
 MAX_WORKERS = 256  # loader processes of a rank
+BUCKETS = 4  # long sides for which a step is compiled: 960, 1088, 1216, 1344 of COCO at 800/1333
 LISTED_PROBLEMS = 10  # how many unusable boxes are spelled out before "... and N more"
 # split: folder of its images
 EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}
@@ -64,16 +66,9 @@ class DetectionDataset:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def image(self, index: int) -> Image.Image:
-        """RGB picture, EXIF orientation applied. Raises DataError if it is broken or not of the size
-        stated."""
-        path = os.fsdecode(self.paths[index])
-        image = read_image(path)
-        height, width = self.sizes[index]
-        if image.size != (width, height):
-            raise DataError(f"{path}: the picture is {image.width} x {image.height} (EXIF orientation "
-                            f"applied), its annotation says {width} x {height}: the boxes cannot be placed")
-        return image
+    def image(self, index: int, shrink: float = 1.0) -> Image.Image:
+        """`read_image` of an image. Raises DataError if it is broken or not of the size stated."""
+        return read_image(os.fsdecode(self.paths[index]), tuple(self.sizes[index].tolist()), shrink)
 
     def objects(self, index: int, use_difficult: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """What image `index` trains on: boxes (n, 4) float32 px clipped to the image, labels (n,) int64.
@@ -474,7 +469,7 @@ class Shapes(DetectionDataset):
                 boxes.append(box)
         return size, objects
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, shrink: float = 1.0) -> Image.Image:
         size, objects = self._scene(index)
         rng = np.random.default_rng((self.seed, index, 1))
         height, width = size
@@ -522,14 +517,27 @@ def _silhouette(outline: np.ndarray, ring: bool, height: int, width: int, smooth
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-def read_image(path: str) -> Image.Image:
-    """Any picture Pillow reads as RGB, upright (EXIF). Raises DataError naming a broken or missing file."""
+def read_image(path: str, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
+    """Any picture Pillow reads as RGB, upright (EXIF).
+
+    size: (height, width) it must have. shrink: how many times smaller it will be used; a JPEG is decoded to a
+    half, a quarter or an eighth if that leaves it large enough. Raises DataError naming a broken or missing
+    file, or one of another size.
+    """
     try:
         with Image.open(path) as image:
+            width, height = image.size
+            if shrink > 1:
+                image.draft(None, (width / shrink, height / shrink))
             image.load()
+            if image.getexif().get(ORIENTATION, 1) > 4:  # it lies on its side
+                width, height = height, width
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as a picture ({error})") from error
+    if size not in (None, (height, width)):
+        raise DataError(f"{path}: the picture is {width} x {height} (EXIF orientation applied), its "
+                        f"annotation says {size[1]} x {size[0]}: the boxes cannot be placed")
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow's convert would cut at 255
         pixels = np.asarray(image, np.float32)
         image = Image.fromarray(
@@ -566,10 +574,10 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
     if worker:
         path = os.fsdecode(dataset.paths[index])
         _held[worker.id] = os.getpid(), f"image {dataset.image_ids[index]} ({path})".encode()
-    image = dataset.image(index)
-    boxes, labels = dataset.objects(index, use_difficult)
-    width, height = image.size
+    height, width = dataset.sizes[index].tolist()
     new_height, new_width = resized_shape(height, width, min_size, max_size)
+    image = dataset.image(index, min(height / new_height, width / new_width))
+    boxes, labels = dataset.objects(index, use_difficult)
     boxes = boxes * np.array([new_width / width, new_height / height] * 2, np.float32)
     if flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
@@ -611,20 +619,37 @@ def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,
                                 f"after resizing: it does not fit --pad-to {pad_to[0]} {pad_to[1]}")
 
 
-def collate(samples: list[dict], divisor: int = 32, pad_to: tuple[int, int] | None = None,
+def shape_buckets(dataset: DetectionDataset, min_size: int, max_size: int) -> list[tuple[int, int]]:
+    """A few (height, width) px of which one holds any batch of `StepBatches`, smallest first, so that a step
+    can be compiled for each: of wide and of tall pictures the largest short side, with BUCKETS long ones.
+
+    Sides are multiples of 32. min_size: the largest that images are resized to.
+    """
+    shapes = np.array([resized_shape(height, width, min_size, max_size) for height, width in dataset.sizes])
+    short, shortest, longest = shapes.min(axis=1).max(), shapes.max(axis=1).min(), shapes.max()
+    longs = shortest + (longest - shortest) * np.arange(1, BUCKETS + 1) / BUCKETS
+    short, *longs = (32 * math.ceil(side / 32) for side in (short, *longs))
+    wide = {(short, max(short, long)) for long in longs}
+    return sorted(wide | {(width, height) for height, width in wide}, key=lambda shape: (sum(shape), shape))
+
+
+def collate(samples: list[dict], divisor: int = 32, shapes: list[tuple[int, int]] | None = None,
             min_objects: int = 1) -> dict:
     """Samples as one batch (the tensor contract of the models).
 
     Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width;
     gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING where an image has fewer than G objects
-    (G >= min_objects); image_ids, indices: lists; original_sizes (B, 2). H, W: the largest image rounded up
-    to `divisor`, or `pad_to`.
+    (G >= min_objects); image_ids, indices: lists; original_sizes (B, 2). H, W: the largest sides rounded up
+    to `divisor`, or the first of `shapes` that holds them. Raises DataError if none does.
     """
     sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
-    height, width = pad_to or (-(-sizes.amax(dim=0) // divisor) * divisor).tolist()
-    if pad_to and (sizes > torch.tensor(pad_to)).any():
-        raise DataError(f"an image of {sizes.amax(dim=0).tolist()} (height, width) does not fit "
-                        f"--pad-to {pad_to}")
+    height, width = sizes.amax(dim=0).tolist()
+    if shapes is None:
+        shapes = [(-(-height // divisor) * divisor, -(-width // divisor) * divisor)]
+    fitting = [shape for shape in shapes if height <= shape[0] and width <= shape[1]]
+    if not fitting:
+        raise DataError(f"images of {height} x {width} (height, width) fit none of the sizes {shapes}")
+    height, width = fitting[0]
     count = len(samples)
     most = max(min_objects, *(len(sample["labels"]) for sample in samples))
     images = torch.zeros(count, 3, height, width, dtype=torch.uint8)

@@ -387,6 +387,7 @@ class DeFRCN(nn.Module):
         return (self.affine_rpn(scale_gradient(feature, self.rpn_grad_scale)),
                 self.affine_roi(scale_gradient(feature, self.roi_grad_scale)))
 
+    @torch.compiler.disable  # the shapes inside NMS depend on the data: it stays between two graphs
     def proposals(self, objectness: Tensor, deltas: Tensor, anchors: Tensor,
                   sizes: Tensor) -> tuple[Tensor, Tensor]:
         """`rpn_proposals` of all images: (B, R, 4) px and (B, R) bool."""

@@ -62,6 +62,7 @@ from ops import nms
 
 # COCO's 12 lines
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 # Rank 0 scores while the others wait in a collective, so the limit is far above torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -128,6 +129,11 @@ def make_folder(path: Path):
         raise DataError(f"--out {path}: cannot be used as a folder ({error})") from error
 
 
+def autocast(device: torch.device, amp: torch.dtype | None):
+    """Mixed precision in that type; None: none."""
+    return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
+
+
 def synchronize(device: torch.device):
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
@@ -174,9 +180,9 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.devi
     was_training = model.training
     model.eval()
     batches = EqualShapes(dataset, min_size, max_size, batch_size, rank, world)
+    make_batch = partial(collate, divisor=model.divisor, shapes=[pad_to] if pad_to else None)
     loader = DataLoader(TestSamples(dataset, min_size, max_size), batch_sampler=batches, num_workers=workers,
-                        collate_fn=partial(collate, divisor=model.divisor, pad_to=pad_to),
-                        pin_memory=device.type != "cpu")
+                        collate_fn=make_batch, pin_memory=device.type != "cpu")
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
     nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # imports its kernels untimed
     clock = time.perf_counter()
@@ -193,7 +199,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, device: torch.devi
         images = batch["images"].to(device, non_blocking=True)
         images = images.contiguous(memory_format=memory_format(device))
         sizes = batch["sizes"].to(device, non_blocking=True)
-        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+        with autocast(device, amp):
             outputs = model.network(images, sizes)
         lap("network")
         detections = model.detections(outputs, sizes)
@@ -596,7 +602,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
-    run.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"))
+    run.add_argument("--amp", default="off", choices=AMP)
     run.add_argument("--batch-size", type=int, default=1,
                      help="images per device; only equal sizes share a batch")
     run.add_argument("--workers", type=int, default=2)
@@ -681,7 +687,7 @@ def main():
                 print(f"no prototypical calibration, the scores stay plain (--pcb-weights FILE): {error}")
     pad_to = args.pad_to or trained["pad_to"]
     min_size, max_size = args.min_size or max(trained["min_size"]), args.max_size or trained["max_size"]
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    amp = AMP[args.amp]
     if pad_to:
         check_pad_to(dataset, [min_size], max_size, pad_to)
     if rank == 0:

@@ -51,8 +51,8 @@ class View(DetectionDataset):
             source.areas[flat], source.crowd[flat], source.difficult[flat],
             np.repeat(np.arange(len(kept)), [len(record) for record in kept]), source.notes, source.voc)
 
-    def image(self, index: int):
-        return self.source.image(self.source_index[index])
+    def image(self, index: int, shrink: float = 1.0):
+        return self.source.image(self.source_index[index], shrink)
 
 
 # ---------------------------------------------------------------------------------------------- schedules

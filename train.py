@@ -55,6 +55,7 @@ from data import (
     check_pad_to,
     collate,
     open_dataset,
+    shape_buckets,
 )
 from defrcn import (
     ROI_GRAD_SCALE_BASE,
@@ -65,7 +66,9 @@ from defrcn import (
     CalibrationNet,
 )
 from evaluate import (
+    AMP,
     Parser,
+    autocast,
     describe_few_shot,
     evaluate,
     make_calibration,
@@ -102,7 +105,6 @@ RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay
                           "pool_size": 14}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0}  # DeFRCN's fine-tuning
 NOVEL_SHAPES = {"epochs": None, "max_steps": 200}
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What an argument that was not given becomes, on the built-in set and elsewhere; the recipe's own values win.
 SHAPES_DEFAULTS = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128],
                    "max_size": 128, "train_split": "train", "val_split": "val", "schedule": "s1x",
@@ -215,6 +217,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="limit of the gradient's L2 norm, 0 = none (default: fcos 35, fsaf 10, defrcn 0)")
     optim.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     optim.add_argument("--loss-scale", default="dynamic", help="for fp16: dynamic or a number")
+    optim.add_argument("--compile", action="store_true",
+                       help="torch.compile: a graph for each of a few sizes to which pictures are padded")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
     run.add_argument("--out", type=Path, help="default: runs/MODEL, with the form and the stage")
@@ -651,14 +655,19 @@ def main():
     defaults = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in defaults:
         signal.signal(number, lambda number, _: interrupted.append(number))
+    shapes = [args.pad_to] if args.pad_to else None
+    if args.compile:
+        shapes = shapes or shape_buckets(train_set, max(args.min_size), args.max_size)
+        say(f"compiled for the sizes {', '.join(f'{height} x {width}' for height, width in shapes)}")
+        model.compile(dynamic=False)
     ddp = model if world == 1 else DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device.index])
     batches.start, batches.stop = start, max_steps
     loader = iter(DataLoader(
         TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed),
         batch_sampler=batches, num_workers=args.workers, pin_memory=device.type != "cpu",
-        collate_fn=partial(collate, divisor=model.divisor, pad_to=args.pad_to,
-                           min_objects=train_set.most_objects() if args.pad_to else 1)))
+        collate_fn=partial(collate, divisor=model.divisor, shapes=shapes,
+                           min_objects=train_set.most_objects() if shapes else 1)))
     model.train()
     data_seconds, window = 0.0, time.perf_counter()
     log_file = open(args.out / "log.jsonl", "a") if rank == 0 else None
@@ -679,7 +688,7 @@ def main():
             images = images.contiguous(memory_format=memory_format(device))
             last = micro == accumulate - 1
             with nullcontext() if world == 1 or last else ddp.no_sync():  # ranks meet once a step
-                with torch.autocast(device.type, AMP[args.amp] or torch.bfloat16, enabled=args.amp != "off"):
+                with autocast(device, AMP[args.amp]):
                     losses = ddp(images, sizes, gt_boxes, gt_labels)
                 (sum(losses.values()) / accumulate * scaler.scale).backward()
             for name, value in losses.items():
@@ -721,11 +730,14 @@ def main():
                    "data_s": data_seconds / timed, "step_s": seconds / timed,
                    "images_per_s": timed * args.batch_size / seconds, "memory_gb": peak_memory(device),
                    "eta_s": (max_steps - done) * seconds / timed}
+            if args.compile:
+                row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             say(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
                 + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *names))
                 + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  "
                   f"{row['images_per_s']:.1f} images/s  {row['memory_gb']:.2f} GB  "
-                  f"ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}")
+                  f"ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}"
+                + (f"  {row['graphs']} graphs" if args.compile else ""))
             if rank == 0:
                 print(json.dumps(row), file=log_file, flush=True)
             loss_sums, data_seconds, window, logged = {}, 0.0, time.perf_counter(), done

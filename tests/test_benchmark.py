@@ -33,13 +33,13 @@ def test_parts_write_ratios_and_a_plot(bench, tmp_path, capsys):
 @pytest.mark.parametrize("model", benchmark.OURS)
 def test_a_training_step_of_every_model_is_measured(bench, model):
     row, = bench("train", "--models", model, "--size", 64, 96, "--batch-size", 1)
-    assert row["cases"]["ours"]["time"] > 0 and 0 < row["peak"]
+    assert row["cases"]["ours"]["value"] > 0 and 0 < row["peak"]
     assert ("torchvision" in row["cases"]) == (model in ("FCOS", "RetinaNet", "Faster R-CNN"))
 
 
 def test_ratios_are_theirs_over_ours(capsys):
     row = benchmark.compared("x", {"ours": [1.0, 2.0, 2.0], "theirs": [2.0, 3.0, 8.0]}, per=10)
-    assert row["cases"]["ours"]["time"] == 200 and row["cases"]["theirs"]["time"] == 300
+    assert row["cases"]["ours"]["value"] == 200 and row["cases"]["theirs"]["value"] == 300
     assert (row["cases"]["theirs"]["ratio"], row["cases"]["theirs"]["least"],
             row["cases"]["theirs"]["most"]) == (2.0, 1.5, 4.0)
 

@@ -289,8 +289,26 @@ def test_exif_orientation_is_applied_and_compared_with_the_annotation(coco, tmp_
     dataset = open_dataset(coco(), "train2017")
     assert dataset.image(1).size == (30, 40)
     Image.new("RGB", (30, 40), "grey").save(tmp_path / "train2017" / "b.jpg", exif=exif)
-    with pytest.raises(DataError, match="b.jpg: the picture is 40 x 30 .* says 30 x 40"):
-        dataset.image(1)
+    for shrink in (1, 4):
+        with pytest.raises(DataError, match="b.jpg: the picture is 40 x 30 .* says 30 x 40"):
+            dataset.image(1, shrink)
+
+
+def test_a_large_jpeg_is_decoded_smaller_but_not_too_small(coco_mini, tmp_path):
+    dataset = open_dataset(str(coco_mini), "val2017")
+    index = int(np.flatnonzero((dataset.sizes == (480, 640)).all(axis=1))[0])
+    for shrink, expected in ((1, (640, 480)), (1.99, (640, 480)), (2, (320, 240)), (3.99, (320, 240)),
+                             (4.5, (160, 120))):
+        assert dataset.image(index, shrink).size == expected
+    whole, half = (np.asarray(image.resize((160, 120), Image.BILINEAR), int) for image in
+                   (dataset.image(index), dataset.image(index, 3)))
+    assert 0 < np.abs(whole - half).mean() < 2  # of 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    dataset.image(index).save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(str(tmp_path / "turned.jpg"), (640, 480), 2).size == (240, 320)
+    sample = load_sample(dataset, index, 100, 1000)
+    assert sample["image"].shape == (100, 133, 3) and sample["original_size"] == (480, 640)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", "truncated"])
@@ -335,9 +353,26 @@ def test_batches_are_padded_at_the_right_and_bottom(coco):
     assert batch["image_ids"] == [7, 3, 9]
     assert collate([load_sample(dataset, 2, 30, 60)])["gt_labels"].tolist() == [[PADDING]]
     assert collate([load_sample(dataset, 2, 30, 60)], divisor=1)["images"].shape == (1, 3, 30, 60)
-    assert collate([load_sample(dataset, 2, 30, 60)], pad_to=(96, 128))["images"].shape == (1, 3, 96, 128)
-    with pytest.raises(DataError, match="does not fit --pad-to"):
-        collate([load_sample(dataset, 2, 30, 60)], pad_to=(96, 32))
+    for shapes, expected in (([(32, 32), (96, 128)], (96, 128)), ([(30, 60), (96, 128)], (30, 60))):
+        sample = load_sample(dataset, 2, 30, 60)
+        assert collate([sample], shapes=shapes)["images"].shape == (1, 3, *expected)
+    with pytest.raises(DataError, match="images of 30 x 60 .* fit none of the sizes"):
+        collate([load_sample(dataset, 2, 30, 60)], shapes=[(96, 32)])
+
+
+def test_a_few_sizes_hold_every_batch():
+    dataset = open_dataset("shapes", "val")
+    assert data.shape_buckets(dataset, 128, 128) == [(96, 128), (128, 96)]
+    dataset.sizes = np.array([(480, 640), (640, 480), (427, 640), (375, 500), (640, 640), (200, 640)])
+    # At 800/1333: 800 x 1067, 800 x 1199, 800 x 1067, 800 x 800, 417 x 1333. From 800 to 1333 in four steps,
+    # 933, 1067, 1200, 1333, up to the next multiple of 32.
+    wide = [(800, 960), (800, 1088), (800, 1216), (800, 1344)]
+    buckets = data.shape_buckets(dataset, 800, 1333)
+    assert sorted(buckets) == sorted(wide + [(width, height) for height, width in wide])
+    assert buckets[:2] == [(800, 960), (960, 800)]  # the first that fits is the smallest
+    for height, width in dataset.sizes:
+        height, width = data.resized_shape(height, width, 800, 1333)
+        assert any(height <= shape[0] and width <= shape[1] for shape in buckets)
 
 
 # ---------------------------------------------------------------------------- batches

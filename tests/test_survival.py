@@ -148,10 +148,10 @@ sys.path.insert(0, {root!r})
 import data, evaluate, train
 
 class Deadly(data.Shapes):  # picture 7 kills the process that reads it, as the kernel does for memory
-    def image(self, index):
+    def image(self, index, shrink=1.0):
         if index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().image(index)
+        return super().image(index, shrink)
 
 data.Shapes = Deadly
 evaluate.run_script({module}.main)
