@@ -176,6 +176,25 @@ def test_missing_places_are_named(coco, tmp_path):
         open_dataset(root, "train2017")
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_outlines_are_passed_over(coco, tmp_path, indent):
+    root, path = coco(), tmp_path / "annotations" / "instances_train2017.json"
+    plain = open_dataset(root, "train2017")
+    content = json.loads(path.read_text())
+    outlines = [[[1.5, 2, -3e-1, 4e+20], [5, 6]], {"counts": "0[1]2", "size": [3, 4]}, "a {n} odd one"]
+    for i, annotation in enumerate(content["annotations"]):
+        outline = {"segmentation": outlines[i]}
+        content["annotations"][i] = outline | annotation if i % 2 else annotation | outline
+    content["categories"][0]["note"] = 'the "segmentation": [1, 2'
+    path.write_text("\ufeff" + json.dumps(content, indent=indent), encoding="utf-8")
+    again = open_dataset(root, "train2017")
+    assert np.array_equal(again.boxes, plain.boxes) and np.array_equal(again.areas, plain.areas)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text + "]")
+    with pytest.raises(DataError, match=f"Extra data: .*char {len(text) - 1}"):  # without the mark
+        open_dataset(root, "train2017")
+
+
 def test_real_coco(coco_mini):
     dataset = open_dataset(str(coco_mini), "train2017")
     assert len(dataset) == 111 and len(dataset.names) == 80 and dataset.names[0] == "person"
