@@ -79,8 +79,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu",
     """A trained detector in evaluation mode, and what else its checkpoint holds.
 
     path: of train.py, or another code base's (see `read_checkpoint`, also for original). classes: names in
-    place of its own. Returns (model, info): info has args
-    (dict), names (C class names), category_ids (C dataset ids), step, notes, named. Raises WeightsError.
+    place of its own. Returns (model, info): info has args (dict), names (C class names), category_ids (C
+    dataset ids), step, notes, named. Raises WeightsError.
     """
     checkpoint = read_checkpoint(path, original)
     model = build_model(checkpoint["args"], len(checkpoint["names"]))
@@ -213,8 +213,9 @@ def _read_foreign(path: str | Path, content, original: bool) -> dict:
             state[key] = state[key].unflatten(0, (-1, 91))[:, COCO_IDS].flatten(0, 1)
         outputs = 80
 
+    args |= {"min_size": [800], "max_size": 1333, "pad_to": None, "data": None, "stage": None}
     with torch.device("meta"):
-        own = build_model({**args, "stage": None}, outputs).state_dict()
+        own = build_model(args, outputs).state_dict()
     missing = [key for key in own if key not in state or state[key].shape != own[key].shape]
     extra = [key for key in state if key not in own]
     other = [key for key in extra if key.startswith(("backbone.", "fpn.", "head.", "rpn.", "predictor."))]
@@ -228,7 +229,6 @@ def _read_foreign(path: str | Path, content, original: bool) -> dict:
     notes = [f"{path}: {what}, {args['backbone']}, {outputs} classes{known}"]
     if extra:
         notes.append(f"{path}: left out {len(extra)} tensors without a place here: {', '.join(extra[:5])}")
-    args |= {"min_size": [800], "max_size": 1333, "pad_to": None, "data": None, "stage": None}
     return {"model": {key: state[key] for key in own}, "args": args, "step": 0, "notes": notes,
             "names": names or [f"class {i}" for i in range(outputs)], "named": bool(names),
             "category_ids": COCO_IDS if names == COCO_CLASSES else list(range(1, outputs + 1))}

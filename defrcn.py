@@ -320,14 +320,13 @@ def roi_candidates(logits: Tensor, deltas: Tensor, proposals: Tensor, real: Tens
     return boxes.flatten(0, 1), scores.flatten(), labels
 
 
-def roi_detections(logits: Tensor, deltas: Tensor, proposals: Tensor, size: Tensor,
+def roi_detections(logits: Tensor, deltas: Tensor, proposals: Tensor, real: Tensor, size: Tensor,
                    score_threshold: float) -> dict[str, Tensor]:
-    """Detections of one image from logits (R, C + 1), deltas (R, C, 4) and proposals (R, 4) px.
+    """Detections of one image: `roi_candidates` after NMS.
 
     size: (2,) height, width without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64},
     best first; N may be 0.
     """
-    real = torch.ones_like(proposals[:, 0], dtype=torch.bool)
     candidates = roi_candidates(logits, deltas, proposals, real, score_threshold)
     return final_detections(*candidates, *size, NMS_THRESHOLD, MAX_DETECTIONS)
 
@@ -425,15 +424,15 @@ class DeFRCN(nn.Module):
 
     def candidates(self, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`roi_candidates` of all images: fixed shapes, for `export.py`."""
-        return [roi_candidates(*image, self.score_threshold) for image in
-                zip(*(outputs[name] for name in ("logits", "deltas", "proposals", "real")))]
+        return [roi_candidates(*rois, self.score_threshold) for rois in self._rois(outputs)]
 
     def detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        found = []
-        for i, size in enumerate(sizes):
-            rois = (outputs[name][i][outputs["real"][i]] for name in ("logits", "deltas", "proposals"))
-            found.append(roi_detections(*rois, size, self.score_threshold))
-        return found
+        return [roi_detections(*rois, size, self.score_threshold)
+                for rois, size in zip(self._rois(outputs), sizes)]
+
+    def _rois(self, outputs: dict[str, Tensor]):
+        """Of every image logits, deltas, proposals and which of them are real."""
+        return zip(*(outputs[name] for name in ("logits", "deltas", "proposals", "real")))
 
 
 def rename_detectron2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -129,13 +129,12 @@ def image_points(shapes: list[tuple[int, int]], device=None,
     shapes: (height, width) of the feature map of each level. torchvision: the points of its FCOS, see
     `torchvision_corners`. Returns points (P, 2) px, strides (P,) px and ranges (P, 2) px, float32.
     """
-    points, strides, ranges = [], [], []
+    points = (torchvision_corners(shapes, STRIDES[0], device) if torchvision else
+              [level_points(*shape, stride, device) for shape, stride in zip(shapes, STRIDES)])
+    strides, ranges = [], []
     for (height, width), stride, level_range in zip(shapes, STRIDES, LEVEL_RANGES):
-        points.append(level_points(height, width, stride, device))
         strides.append(torch.full((height * width,), float(stride), device=device))
         ranges.append(torch.tensor(level_range, device=device).expand(height * width, 2))
-    if torchvision:
-        points = torchvision_corners(shapes, STRIDES[0], device)
     return torch.cat(points), torch.cat(strides), torch.cat(ranges)
 
 

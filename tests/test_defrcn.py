@@ -136,7 +136,8 @@ def test_detections_equal_the_published_ones(golden):
     logits, deltas, proposals, boxes, scores, classes = (
         torch.from_numpy(arrays[f"eval/fc_{key}"]) for key in
         ("logits", "deltas", "proposals_0", "boxes_0", "scores_0", "classes_0"))
-    found = roi_detections(logits, deltas.unflatten(1, (-1, 4)), proposals, torch.tensor([192, 256]), 0.05)
+    found = roi_detections(logits, deltas.unflatten(1, (-1, 4)), proposals, torch.ones(len(logits)).bool(),
+                           torch.tensor([192, 256]), 0.05)
     # Recorded at twice the size of the network input.
     torch.testing.assert_close(found["boxes"] * 2, boxes, rtol=0, atol=1e-3)
     torch.testing.assert_close(found["scores"], scores, rtol=0, atol=1e-6)
