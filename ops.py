@@ -120,11 +120,10 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gam
 
     logits, targets: same shape; targets are 0 or 1. Returns that shape, float32: the caller weighs and sums.
     """
-    logits, targets = logits.float(), targets.float()
-    prob = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    prob_wrong = prob + targets - 2 * prob * targets  # 1 - p where the target is 1, p where it is 0
-    return (1 - alpha + (2 * alpha - 1) * targets) * prob_wrong ** gamma * cross_entropy
+    targets = targets.bool()
+    wrong = torch.where(targets, -logits, logits).float()  # logit of the other answer: of 1 - p_t
+    alpha_t = torch.where(targets, alpha, 1 - alpha)
+    return alpha_t * wrong.sigmoid() ** gamma * F.softplus(wrong)  # softplus: -log(p_t)
 
 
 def _intersection_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
