@@ -1,4 +1,4 @@
-"""Ours against torchvision, in one run on this machine: what a step, a picture, a call costs.
+"""Ours against torchvision, and mmdetection if installed, in one run: what a step, a picture, a call costs.
 
     python benchmark.py                                  all parts, some minutes on a CPU
     python benchmark.py train --size 800 1344 --batch-size 4 --amp bf16 --compile
@@ -24,6 +24,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch: see
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -123,16 +124,16 @@ def batch(count: int, height: int, width: int, objects: int, device) -> tuple[to
     return tuple(t.to(device) for t in (images, sizes, boxes, labels))
 
 
-def stepper(model: torch.nn.Module, inputs, amp: torch.dtype | None, device: torch.device):
-    """A function that makes a training step. inputs: the model's arguments, or a function that gives them."""
-    model.to(device).train()
+def stepper(model: torch.nn.Module, loss, amp: torch.dtype | None, device: torch.device):
+    """A function that makes a training step. loss: a function that gives the sum of the model's losses."""
+    model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9)
 
     def step():
         with autocast(device, amp):
-            losses = model(*(inputs() if callable(inputs) else inputs))
-        sum(losses.values()).backward()
+            total = loss()
+        total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
@@ -165,29 +166,53 @@ def torchvision_model(name: str, height: int, width: int) -> torch.nn.Module:
 
 
 PEERS, TWO_STAGE = ("FCOS", "RetinaNet", "Faster R-CNN"), ("Faster R-CNN", "DeFRCN")
+MMDET = {"FCOS": "fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py",
+         "RetinaNet": "retinanet/retinanet_r50_fpn_1x_coco.py", "FSAF": "fsaf/fsaf_r50_fpn_1x_coco.py",
+         "Faster R-CNN": "faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py"}
 OURS = {"FCOS": lambda: FCOS(CLASSES), "RetinaNet": lambda: FSAF(CLASSES, anchor_only=True, norm="frozen"),
         "FSAF": lambda: FSAF(CLASSES), "FSAF joint": lambda: FSAF(CLASSES, joint=True),
         "Faster R-CNN": lambda: DeFRCN(CLASSES, "resnet50", decouple=False, pool_size=14, freeze_at=2),
         "DeFRCN": lambda: DeFRCN(CLASSES, "resnet50")}
 
 
-def our_step(args, name: str, device: torch.device):
-    """A training step of ours, the model and its inputs."""
+def our_step(args, name: str, device: torch.device, model=None):
+    """A training step of ours, the model (new, if none is given) and its inputs."""
     torch.manual_seed(0)
     images, *rest = batch(args.batch_size, *args.size, args.objects, device)
     inputs = (images.contiguous(memory_format=memory_format(device)), *rest)
-    model = OURS[name]().to(device, memory_format=memory_format(device))
+    model = model or OURS[name]().to(device, memory_format=memory_format(device))
     if args.compile:
         model.compile(dynamic=False)
-    return stepper(model, inputs, AMP[args.amp], device), model, inputs
+    return stepper(model, lambda: sum(model(*inputs).values()), AMP[args.amp], device), model, inputs
 
 
 def their_step(args, name: str, device: torch.device, amp: torch.dtype | None):
     """A training step of torchvision's, from where it starts: images between 0 and 1, boxes in dicts."""
     images, _, boxes, labels = batch(args.batch_size, *args.size, args.objects, device)
     targets = [{"boxes": b, "labels": n + (name == "Faster R-CNN")} for b, n in zip(boxes, labels)]
-    return stepper(torchvision_model(name, *args.size), lambda: (list(images.float() / 255), targets), amp,
-                   device)
+    model = torchvision_model(name, *args.size).to(device)
+    return stepper(model, lambda: sum(model(list(images.float() / 255), targets).values()), amp, device)
+
+
+def mmdet_step(args, name: str, device: torch.device, amp: torch.dtype | None):
+    """A training step of mmdetection 3's published recipe, likewise."""
+    import mmdet.utils
+    from mmdet.registry import MODELS
+    from mmdet.structures import DetDataSample
+    from mmengine.config import Config
+    from mmengine.structures import InstanceData
+    mmdet.utils.register_all_modules()
+    config = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / MMDET[name]).model
+    config.backbone.init_cfg = None  # random weights
+    model = MODELS.build(config).to(device)
+    images, _, boxes, labels = batch(args.batch_size, *args.size, args.objects, device)
+    samples = [DetDataSample(metainfo={"img_shape": args.size, "ori_shape": args.size},
+                             gt_instances=InstanceData(bboxes=b, labels=n)) for b, n in zip(boxes, labels)]
+
+    def loss():
+        data = model.data_preprocessor({"inputs": list(images), "data_samples": samples}, training=True)
+        return model.parse_losses(model(**data, mode="loss"))[0]
+    return stepper(model, loss, amp, device)
 
 
 def train_part(args, device: torch.device) -> list[dict]:
@@ -195,10 +220,13 @@ def train_part(args, device: torch.device) -> list[dict]:
     for name in args.models:
         step, ours, inputs = our_step(args, name, device)
         cases = {"ours": step}
-        if name in PEERS:
-            cases["torchvision"] = their_step(args, name, device, None)
+        peers = {"torchvision": their_step} if name in PEERS else {}
+        if name in MMDET and importlib.util.find_spec("mmdet"):
+            peers["mmdetection"] = mmdet_step
+        for peer, make_step in peers.items():
+            cases[peer] = make_step(args, name, device, None)
             if amp:
-                cases[f"torchvision {args.amp}"] = their_step(args, name, device, amp)
+                cases[f"{peer} {args.amp}"] = make_step(args, name, device, amp)
         title = (f"{name} R-50, step of {args.batch_size} x {args.size[0]} x {args.size[1]}, {args.amp}"
                  + (", compiled" if args.compile else ""))
         product, operations = matrix_product(device, amp or torch.float32)
@@ -373,26 +401,21 @@ def nms(args, device: torch.device) -> list[dict]:
 def growth(args, device: torch.device) -> list[dict]:
     rows, (height, width) = [], args.size
     half = (height // 64 * 32, width // 64 * 32)
-    for what, variants in (
-            ("size", [(args.batch_size, *half, 10), (args.batch_size, height, width, 10)]),
-            ("batch", [(count, *half, 10) for count in (1, 2, 4)]),
-            ("objects per picture", [(args.batch_size, *half, objects) for objects in (1, 10, 50, 200)])):
-        for name in args.models:
-            model = OURS[name]().to(device, memory_format=memory_format(device))
-            cases = {}
-            for variant in variants:
-                images, *rest = batch(*variant, device)
-                inputs = (images.contiguous(memory_format=memory_format(device)), *rest)
-                cases[" x ".join(map(str, variant))] = stepper(model, inputs, AMP[args.amp], device)
-            rows.append(compared(f"{name}: {what} (pictures x height x width x objects)",
-                                 take_turns(cases, max(1, args.rounds // 2), device)))
+    variants = {"size": [{"size": half}, {"size": args.size}],
+                "batch_size": [{"size": half, "batch_size": count} for count in (1, 2, 4)],
+                "objects": [{"size": half, "objects": count} for count in (1, 10, 50, 200)]}
     for name in args.models:
-        peaks = {}
-        for objects in (10, 200):
-            variant = argparse.Namespace(**vars(args) | {"size": half, "objects": objects})
-            peaks[f"{objects} objects"] = [in_a_process(peak_of_steps, variant, name, "ours", device)]
-        rows.append(compared(f"{name}: peak memory of steps of {args.batch_size} x {half[0]} x {half[1]}",
-                             peaks, unit="MB"))
+        for what, changes in variants.items():
+            model, steps = None, {}
+            for change in changes:
+                changed = argparse.Namespace(**{**vars(args), **change})
+                steps[f"{change[what]}"], model, _ = our_step(changed, name, device, model)
+            rows.append(compared(f"{name}, a step by {what.replace('_', ' ')}",
+                                 take_turns(steps, max(1, args.rounds // 2), device)))
+        peaks = {f"{change['objects']} objects": [in_a_process(
+            peak_of_steps, argparse.Namespace(**{**vars(args), **change}), name, "ours", device)]
+            for change in variants["objects"][1::2]}
+        rows.append(compared(f"{name}, peak memory", peaks, unit="MB"))
     return [*rows, growth_of_ranks(args), *growth_of_data(args)]
 
 
@@ -513,7 +536,7 @@ def score_part(args, device: torch.device) -> list[dict]:
 def plot(rows: list[dict], path: Path):
     """A bar for every ratio; the line is at 1, where both are equally fast."""
     bars = [(f"{row['title']}: {name}", case) for row in rows for name, case in row["cases"].items()
-            if "torchvision" in name or "pycocotools" in name]
+            if name.startswith(("torchvision", "mmdetection", "pycocotools"))]
     if not bars:
         return
     scale = 400 / max(2.0, *(case["most"] for _, case in bars))
