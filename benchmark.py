@@ -165,7 +165,7 @@ def torchvision_model(name: str, height: int, width: int) -> torch.nn.Module:
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(2048, CLASSES + 1), **options)
 
 
-PEERS, TWO_STAGE = ("FCOS", "RetinaNet", "Faster R-CNN"), ("Faster R-CNN", "DeFRCN")
+TORCHVISION, TWO_STAGE = ("FCOS", "RetinaNet", "Faster R-CNN"), ("Faster R-CNN", "DeFRCN")
 MMDET = {"FCOS": "fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py",
          "RetinaNet": "retinanet/retinanet_r50_fpn_1x_coco.py", "FSAF": "fsaf/fsaf_r50_fpn_1x_coco.py",
          "Faster R-CNN": "faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py"}
@@ -215,15 +215,18 @@ def mmdet_step(args, name: str, device: torch.device, amp: torch.dtype | None):
     return stepper(model, loss, amp, device)
 
 
+def peers(name: str) -> dict:
+    """Who else has this detector and is installed: name, function that makes a step."""
+    return ({"torchvision": their_step} if name in TORCHVISION else {}) | (
+        {"mmdetection": mmdet_step} if name in MMDET and importlib.util.find_spec("mmdet") else {})
+
+
 def train_part(args, device: torch.device) -> list[dict]:
     rows, amp = [], AMP[args.amp]
     for name in args.models:
         step, ours, inputs = our_step(args, name, device)
         cases = {"ours": step}
-        peers = {"torchvision": their_step} if name in PEERS else {}
-        if name in MMDET and importlib.util.find_spec("mmdet"):
-            peers["mmdetection"] = mmdet_step
-        for peer, make_step in peers.items():
+        for peer, make_step in peers(name).items():
             cases[peer] = make_step(args, name, device, None)
             if amp:
                 cases[f"{peer} {args.amp}"] = make_step(args, name, device, amp)
@@ -248,11 +251,11 @@ def train_part(args, device: torch.device) -> list[dict]:
 def memory(args, device: torch.device) -> list[dict]:
     """Peak memory of two steps, each case in a process of its own."""
     rows = []
-    for name in (name for name in args.models if name in PEERS):
+    for name in args.models:
         title = (f"{name} R-50, peak memory of steps of {args.batch_size} x {args.size[0]} x {args.size[1]}, "
                  f"{args.amp}")
         rows.append(compared(title, {case: [in_a_process(peak_of_steps, args, name, case, device)]
-                                     for case in ("ours", "torchvision")}, unit="MB"))
+                                     for case in ("ours", *peers(name))}, unit="MB"))
     return rows
 
 
@@ -274,7 +277,7 @@ def peak_of_steps(args, name: str, case: str, device: torch.device) -> float:
     peak = resident_peak if device.type == "cpu" else partial(peak_memory, device)
     before = peak()
     step = (our_step(args, name, device)[0] if case == "ours" else
-            their_step(args, name, device, AMP[args.amp]))
+            peers(name)[case](args, name, device, AMP[args.amp]))
     for _ in range(2):
         step()
     return peak() - before
