@@ -24,6 +24,7 @@ import json
 import math
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -493,6 +494,8 @@ def main():
     accumulate = args.batch_size // (world * micro_batch)
     if args.amp == "fp16" and device.type == "cpu":
         raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise SystemExit("error: --compile needs a C++ compiler, and there is no c++, g++ or clang++")
 
     # ---- data
     train_set = open_dataset(args.data, args.train_split, args.train_json, args.train_images)

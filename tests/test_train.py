@@ -218,6 +218,11 @@ def test_mistakes_end_in_one_line(mistake, words, message):
     assert message in mistake(train.main, *TINY[1:], "--max-steps", 30, "--no-eval", *words)
 
 
+def test_compiling_needs_a_compiler(mistake, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "error: --compile needs a C++ compiler" in mistake(train.main, *TINY[1:], "--compile")
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--device", "cuda"], "error: --device cuda, but torch sees no CUDA GPU"),
     (["--lr", "1e9", "--clip", "0", "--warmup-steps", "0"], "error: loss or gradient is not finite at step"),
