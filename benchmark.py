@@ -254,8 +254,11 @@ def memory(args, device: torch.device) -> list[dict]:
     for name in args.models:
         title = (f"{name} R-50, peak memory of steps of {args.batch_size} x {args.size[0]} x {args.size[1]}, "
                  f"{args.amp}")
-        rows.append(compared(title, {case: [in_a_process(peak_of_steps, args, name, case, device)]
-                                     for case in ("ours", *peers(name))}, unit="MB"))
+        peaks = {case: [in_a_process(peak_of_steps, args, name, case, device)]
+                 for case in ("ours", *peers(name))}
+        suffix = "" if args.amp == "off" else f" {args.amp}"  # as in the other parts
+        rows.append(compared(title, {case + suffix * (case != "ours"): peak for case, peak in peaks.items()},
+                             unit="MB"))
     return rows
 
 
@@ -537,21 +540,25 @@ def score_part(args, device: torch.device) -> list[dict]:
 # ---------------------------------------------------------------------------------------------- script
 
 def plot(rows: list[dict], path: Path):
-    """A bar for every ratio; the line is at 1, where both are equally fast."""
+    """A bar for every ratio of a peer to ours, with a line from the least to the greatest; red: 1."""
     bars = [(f"{row['title']}: {name}", case) for row in rows for name, case in row["cases"].items()
             if name.startswith(("torchvision", "mmdetection", "pycocotools"))]
+    path.unlink(missing_ok=True)  # of an earlier run
     if not bars:
         return
-    scale = 400 / max(2.0, *(case["most"] for _, case in bars))
-    image = Image.new("RGB", (460, 34 * len(bars) + 30), "white")
+    scale = 600 / max(1.5, *(case["ratio"] for _, case in bars))
+    image = Image.new("RGB", (760, 36 * len(bars) + 30), "white")
     canvas = ImageDraw.Draw(image)
+    canvas.text((10, 8), "theirs / ours (time, memory): right of the red mark ours is better", fill="red")
     for i, (label, case) in enumerate(bars):
-        top = 10 + 34 * i
-        canvas.text((10, top), label[:76], fill="black")
-        canvas.rectangle((10, top + 13, 10 + scale * case["ratio"], top + 25), fill="steelblue")
-        canvas.line((10 + scale * case["least"], top + 19, 10 + scale * case["most"], top + 19), fill="black")
-        canvas.text((14 + scale * case["most"], top + 13), f"{case['ratio']:.2f}x", fill="black")
-    canvas.line((10 + scale, 5, 10 + scale, 34 * len(bars) + 10), fill="red")
+        top = 30 + 36 * i
+        canvas.text((10, top), label, fill="black")
+        least, ratio, most, one = (10 + min(640, scale * value) for value in
+                                   (case["least"], case["ratio"], case["most"], 1))
+        canvas.rectangle((10, top + 14, ratio, top + 26), fill="steelblue")
+        canvas.line((least, top + 20, most, top + 20), fill="black")
+        canvas.line((one, top + 12, one, top + 28), fill="red", width=2)
+        canvas.text((670, top + 14), f"{case['ratio']:.2f}x", fill="black")
     image.save(path)
 
 
@@ -580,8 +587,16 @@ def main():
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    for name, least in (("rounds", 1), ("batch_size", 1), ("objects", 1), ("pictures", 1), ("min_size", 32),
+                        ("max_size", 32)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if min(args.size) < 64:
+        parser.error(f"--size must be at least 64 64, not {args.size[0]} {args.size[1]}")
     args.split = args.split or ("val" if args.data == "shapes" else "val2017")
     device = setup_device(args.device)[0]
+    if args.amp == "fp16" and device.type == "cpu":
+        parser.error("--amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
     make_folder(args.out)
     machine = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else
                f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
@@ -590,7 +605,8 @@ def main():
     for part in args.parts or PARTS:
         rows += PARTS[part](args, device)
         write_json(args.out / "benchmark.json",
-                   {"machine": machine, "torch": torch.__version__, "rows": rows})
+                   {"machine": machine, "torch": torch.__version__,
+                    "args": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
     plot(rows, args.out / "benchmark.png")
 
 

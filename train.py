@@ -218,7 +218,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="limit of the gradient's L2 norm, 0 = none (default: fcos 35, fsaf 10, defrcn 0)")
     optim.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     optim.add_argument("--loss-scale", default="dynamic", help="for fp16: dynamic or a number")
-    optim.add_argument("--compile", action="store_true",
+    optim.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                        help="torch.compile: a graph for each of a few sizes to which pictures are padded")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
@@ -494,6 +494,8 @@ def main():
     accumulate = args.batch_size // (world * micro_batch)
     if args.amp == "fp16" and device.type == "cpu":
         raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
+    if args.compile and device.type == "npu":
+        raise SystemExit("error: --compile is for GPUs and CPUs, not for an NPU")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise SystemExit("error: --compile needs a C++ compiler, and there is no c++, g++ or clang++")
 

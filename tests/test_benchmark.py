@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import benchmark
 
@@ -44,8 +45,23 @@ def test_ratios_are_theirs_over_ours(capsys):
             row["cases"]["theirs"]["most"]) == (2.0, 1.5, 4.0)
 
 
-def test_an_unknown_part_is_named(mistake):
-    assert "there is no part trian; parts are train, memory, infer" in mistake(benchmark.main, "trian")
+@pytest.mark.parametrize(("words", "message"), [
+    (["trian"], "there is no part trian; parts are train, memory, infer"),
+    (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+    (["--size", "50", "60"], "--size must be at least 64"),
+    (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU or NPU")])
+def test_wrong_arguments_are_named(mistake, words, message):
+    assert message in mistake(benchmark.main, *words)
+
+
+def test_the_plot_names_the_peers_or_is_not_there(tmp_path):
+    path = tmp_path / "benchmark.png"
+    rows = [benchmark.compared("x" * 80, {"ours": [1.0], "torchvision": [2.0], "torchvision bf16": [30.0]})]
+    benchmark.plot(rows, path)
+    with Image.open(path) as image:
+        assert image.height == 2 * 36 + 30
+    benchmark.plot([], path)
+    assert not path.exists()
 
 
 def test_turns_are_taken_round_by_round():

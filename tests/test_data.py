@@ -330,6 +330,20 @@ def test_a_large_jpeg_is_decoded_smaller_but_not_too_small(coco_mini, tmp_path):
     assert sample["image"].shape == (100, 133, 3) and sample["original_size"] == (480, 640)
 
 
+def test_a_picture_decoded_smaller_stays_under_its_boxes(tmp_path):
+    for width, height, part in ((1000, 776, 8), (1002, 778, 2), (1001, 777, 1)):
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[700:760, 900:960] = 255
+        Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95)
+        image = data.read_image(str(tmp_path / "a.jpg"), (height, width), 8)
+        assert image.size == (width // part, height // part)
+        small = data.resize(np.array(image), 97, 125)[..., 0] / 255.0
+        for axis, middle in ((0, 930 * 125 / width), (1, 730 * 97 / height)):
+            profile = small.sum(axis)
+            center = (profile * (np.arange(len(profile)) + 0.5)).sum() / profile.sum()
+            assert abs(center - middle) < 0.1  # px of the small picture
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture at all", "truncated"])
 def test_broken_pictures_are_named(coco, tmp_path, content):
     path = tmp_path / "train2017" / "a.jpg"

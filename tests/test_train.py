@@ -221,6 +221,7 @@ def test_mistakes_end_in_one_line(mistake, words, message):
 def test_compiling_needs_a_compiler(mistake, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "error: --compile needs a C++ compiler" in mistake(train.main, *TINY[1:], "--compile")
+    assert not parse_args(["--compile", "--no-compile"]).compile
 
 
 @pytest.mark.parametrize(("words", "message"), [
