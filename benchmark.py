@@ -28,7 +28,6 @@ import importlib.util
 import io
 import json
 import multiprocessing
-import platform
 import re
 import statistics
 import subprocess
@@ -64,7 +63,7 @@ from evaluate import (
 from fcos import FCOS
 from fsaf import FSAF
 from ops import nms_plain
-from train import peak_memory
+from train import device_name, peak_memory
 
 CLASSES = 80
 
@@ -594,12 +593,9 @@ def main():
     if min(args.size) < 64:
         parser.error(f"--size must be at least 64 64, not {args.size[0]} {args.size[1]}")
     args.split = args.split or ("val" if args.data == "shapes" else "val2017")
-    device = setup_device(args.device)[0]
-    if args.amp == "fp16" and device.type == "cpu":
-        parser.error("--amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
+    device = setup_device(args.device, args.amp)[0]
     make_folder(args.out)
-    machine = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else
-               f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    machine = device_name(device)
     print(f"{machine}, torch {torch.__version__}")
     rows = []
     for part in args.parts or PARTS:

@@ -241,10 +241,10 @@ def _kind(path, state: dict, meta: dict, args: dict, original: bool) -> tuple:
     if "bbox_head.conv_centerness.weight" in state:
         bias = "bbox_head.cls_convs.0.conv.bias" in state
         original = "norm_on_bbox=True" not in config.replace(" ", "") if "FCOSHead" in config else not bias
-        caffe = style[1] == "caffe" if style else None
-        args |= {"model": "fcos", "original": original, "tower_bias": bias,
-                 "caffe": state["backbone.layer1.0.conv2.weight"].shape[1] == 64 if caffe is None and
-                 "backbone.layer1.0.conv2.weight" in state else bool(caffe)}
+        conv2 = state.get("backbone.layer1.0.conv2.weight")
+        # Of the published files the ResNets, whose convolutions have no groups.
+        caffe = style[1] == "caffe" if style else conv2 is not None and conv2.shape[0] == conv2.shape[1]
+        args |= {"model": "fcos", "original": original, "tower_bias": bias, "caffe": caffe}
         return (f"an FCOS of mmdetection ({'first' if original else 'improved'} form)",
                 lambda s: fcos.rename_mmdet(s, caffe, original), "head.cls_logits")
     if "bbox_head.retina_reg.weight" in state:

@@ -71,13 +71,16 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 
 # ------------------------------------------------------------------------------------------- device and ranks
 
-def setup_device(name: str) -> tuple[torch.device, int, int]:
+def setup_device(name: str, amp: str = "off") -> tuple[torch.device, int, int]:
     """Device, rank and number of ranks; under torchrun the process group is started.
 
-    name: auto (cuda if there is one, else cpu), cuda, npu or cpu. Raises SystemExit with one line.
+    name: auto (cuda if there is one, else cpu), cuda, npu or cpu. amp: a key of AMP, for that device. Raises
+    SystemExit with one line.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if amp == "fp16" and name == "cpu":
+        raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: --device cuda, but torch sees no CUDA GPU "
                          "(use --device cpu, or check the driver)")
@@ -643,9 +646,7 @@ def main():
         write_json(out / "metrics.json", metrics)
         draw(dataset, results, out / "pictures", args.pictures)
         return
-    device, rank, world = setup_device(args.device)
-    if args.amp == "fp16" and device.type == "cpu":
-        raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
+    device, rank, world = setup_device(args.device, args.amp)
     model, info = load_model(args.ckpt, device, args.original, args.classes)
     trained = info["args"]
     for note in info["notes"] if rank == 0 else ():

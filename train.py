@@ -461,10 +461,15 @@ def environment(device: torch.device, world: int) -> str:
         commit = git.stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
-    name = (torch.get_device_module(device).get_device_name(device) if device.type != "cpu"
-            else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     return (f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-            f"{device.type} ({name}), {world} rank(s), commit {commit}")
+            f"{device.type} ({device_name(device)}), {world} rank(s), commit {commit}")
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator, or the processor and its threads."""
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return torch.get_device_module(device).get_device_name(device)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -477,7 +482,7 @@ def peak_memory(device: torch.device) -> float:
 
 def main():
     args = parse_args()
-    device, rank, world = setup_device(args.device)
+    device, rank, world = setup_device(args.device, args.amp)
     say = print if rank == 0 else lambda *_: None
     say(environment(device, world))
     make_folder(args.out)
@@ -492,8 +497,6 @@ def main():
         raise SystemExit(f"error: --batch-size {args.batch_size} is not {world} ranks x a multiple of "
                          f"--micro-batch {micro_batch}")
     accumulate = args.batch_size // (world * micro_batch)
-    if args.amp == "fp16" and device.type == "cpu":
-        raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
     if args.compile and device.type == "npu":
         raise SystemExit("error: --compile is for GPUs and CPUs, not for an NPU")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
