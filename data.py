@@ -1,8 +1,7 @@
-"""Detection datasets: COCO and Pascal VOC layouts, `shapes` drawn on the fly; checks, resizing, batching.
+"""Detection datasets: COCO and Pascal VOC layouts, their checks, reading and resizing images, batches.
 
-Inside, a class is an index 0..C-1 and a box is (x1, y1, x2, y2) in pixels with far edges: a box is
-x2 - x1 wide. Dataset category ids and other box conventions exist in this file and in the files that
-are written out only.
+A class is a label 0..C-1. A box is (x1, y1, x2, y2) in pixels and x2 - x1 wide. Category ids and other box
+conventions exist only in this file and in the files that are written out.
 """
 import json
 import math
@@ -19,63 +18,103 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
-ORIENTATION = 0x0112  # EXIF's tag
-PADDING, CROWD = -1, -2  # gt_labels of rows that are no object
-MAX_WORKERS = 256  # loader processes of a rank
-BUCKETS = 4  # long sides for which a step is compiled: 960, 1088, 1216, 1344 of COCO at 800/1333
-LISTED_PROBLEMS = 10  # how many unusable boxes are spelled out before "... and N more"
-# split: folder of its images
+from runtime import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+PADDING, CROWD = -1, -2  # gt_labels of a padding row and of a crowd region
+MAX_WORKERS = 256  # loader processes of one rank
+BUCKETS = 4  # long sides of `shape_buckets`: 960, 1088, 1216, 1344 for COCO at 800/1333
+LISTED_PROBLEMS = 10  # invalid boxes that are described one by one, before "... and N more"
+# COCO 2014's customary splits without a folder of their own: {split: folder of its images}
 EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}
-VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-               "tvmonitor")
+# COCO's 80 classes in the order of their category ids, which have gaps.
+COCO_CLASSES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
+    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,"
+    "keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush").split(",")
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+# COCO's classes that VOC also has: the novel ones of the few-shot benchmark.
+COCO_NOVEL = tuple("person,bicycle,car,motorcycle,airplane,bus,train,boat,bird,cat,dog,horse,sheep,cow,"
+                   "bottle,chair,couch,potted plant,dining table,tv".split(","))
+VOC_CLASSES = tuple("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,"
+                    "motorbike,person,pottedplant,sheep,sofa,train,tvmonitor".split(","))
 
 
-class DataError(ValueError):
-    """The data cannot be used as they are; the message names file, image, annotation and value."""
+class DataError(UserError):
+    """The data cannot be used. The message names the file, the image, the annotation and the bad value."""
 
 
 # ---------------------------------------------------------------------------------------------- dataset
 
 class DetectionDataset:
-    """Images and boxes in flat arrays: forked workers then share the memory instead of copying
-    objects they touch.
+    """Images and their boxes in flat arrays. Forked loader processes share arrays but copy Python objects.
 
-    names: C class names. category_ids: C ids as the files have them. image_ids, paths: (N,) arrays. sizes:
-    (N, 2) height, width. Boxes of image i are rows first[i]:first[i + 1] of boxes (A, 4) xyxy px, classes
-    (A,), areas (A,) px^2 (of the object, not the box, where the file tells), crowd (A,), difficult (A,) bool;
-    file_row (A,): where the box stood among all boxes. notes: lines to print. voc: score with VOC's AP50.
+    C classes: names; category_ids as in the files.
+    N images: image_ids; paths as bytes; sizes (N, 2) height, width in px.
+    A boxes, sorted by image: boxes (A, 4) xyxy px; classes (A,) int64 0..C-1; areas (A,) px^2, by default of
+    the boxes; crowd and difficult (A,) bool; annotation_order (A,), the place of each box before sorting.
+    notes: lines to print before training. voc: whether VOC's AP50 is scored, too. The constructor takes the
+    boxes in any order; image_index (A,) is the index of the image of each box.
     """
 
-    def __init__(self, names, category_ids, image_ids, paths, sizes, boxes, classes, areas, crowd, difficult,
-                 image_index, notes=(), voc=False):
-        order = self.file_row = np.argsort(image_index, kind="stable")
-        self.names, self.category_ids, self.voc, self.notes = (
-            list(names), list(category_ids), voc, list(notes))
-        self.image_ids, self.paths = np.asarray(image_ids), np.array([os.fsencode(p) for p in paths])
+    def __init__(self, names, category_ids, *, image_ids, paths, sizes, boxes, classes, image_index,
+                 areas=None, crowd=False, difficult=False, notes=(), voc=False):
+        self.names, self.category_ids = list(names), list(category_ids)
+        self.notes, self.voc = list(notes), voc
+        self.image_ids, self.paths = np.asarray(image_ids), np.array([os.fsencode(path) for path in paths])
         self.sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
-        self.boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
-        self.classes, self.areas = np.asarray(classes, np.int64)[order], np.asarray(areas, np.float64)[order]
-        self.crowd, self.difficult = np.asarray(crowd, bool)[order], np.asarray(difficult, bool)[order]
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        if areas is None:
+            areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        order = self.annotation_order = np.argsort(image_index, kind="stable")
+        self.boxes, self.classes = boxes[order], np.asarray(classes, np.int64)[order]
+        self.areas = np.asarray(areas, np.float64)[order]
+        self.crowd = np.broadcast_to(np.asarray(crowd, bool), len(boxes))[order]
+        self.difficult = np.broadcast_to(np.asarray(difficult, bool), len(boxes))[order]
         counts = np.bincount(np.asarray(image_index, np.int64), minlength=len(self.image_ids))
-        self.first = np.concatenate(([0], np.cumsum(counts)))
+        self.box_offsets = np.concatenate(([0], np.cumsum(counts)))  # (N + 1,), see `box_slice`
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def box_slice(self, index: int) -> slice:
+        """Rows of `boxes` and the other per-box arrays that belong to image `index`."""
+        return slice(int(self.box_offsets[index]), int(self.box_offsets[index + 1]))
+
+    @property
+    def box_image(self) -> np.ndarray:
+        """(A,) int64 index of the image of every box."""
+        return np.repeat(np.arange(len(self)), np.diff(self.box_offsets))
+
+    def index_of_image(self) -> dict:
+        """{image id: index}."""
+        return {image_id: index for index, image_id in enumerate(self.image_ids.tolist())}
+
+    def label_of_category(self) -> dict:
+        """{category id: label}."""
+        return {category: label for label, category in enumerate(self.category_ids)}
+
+    def max_objects(self) -> int:
+        """The largest number of boxes in one image, at least 1."""
+        return max(1, int(np.diff(self.box_offsets).max(initial=0)))
+
     def image(self, index: int, shrink: float = 1.0) -> Image.Image:
-        """`read_image` of an image. Raises DataError if it is broken or not of the size stated."""
+        """`read_image` of one image. Raises DataError if it is broken or differs from its annotated size."""
         return read_image(os.fsdecode(self.paths[index]), tuple(self.sizes[index].tolist()), shrink)
 
     def objects(self, index: int, use_difficult: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """What image `index` trains on: boxes (n, 4) float32 px clipped to the image, labels (n,) int64.
+        """What one image trains on: boxes (n, 4) float32 px, clipped to the image, and labels (n,) int64.
 
-        Crowds are labelled CROWD. Boxes under 1 px and, unless asked for, VOC's difficult ones are left out.
+        A crowd has the label CROWD. Boxes under 1 px are left out, and VOC's difficult ones by default.
         """
-        rows = slice(self.first[index], self.first[index + 1])
+        rows = self.box_slice(index)
         height, width = self.sizes[index]
         boxes = self.boxes[rows].clip(0, (width, height, width, height))
         labels = np.where(self.crowd[rows], CROWD, self.classes[rows])
@@ -85,118 +124,190 @@ class DetectionDataset:
         return boxes[keep].astype(np.float32), labels[keep]
 
     def non_empty(self, use_difficult: bool = False) -> np.ndarray:
-        """Indices of the images that have an object to learn (a crowd is none)."""
+        """Indices of the images with at least one object to train on. Crowds do not count."""
         return np.array([i for i in range(len(self)) if (self.objects(i, use_difficult)[1] >= 0).any()],
                         np.int64)
 
-    def most_objects(self) -> int:
-        """Boxes of the image that has the most, at least 1."""
-        return max(1, int(np.diff(self.first).max(initial=0)))
-
     def table(self) -> str:
-        """Class name -> index, category id, images and boxes: read it once before every training."""
-        image_of_box = np.repeat(np.arange(len(self)), np.diff(self.first))
-        pairs = (np.unique(np.stack((self.classes, image_of_box)), axis=1)[0] if len(self.boxes)
-                 else self.classes)
-        images = np.bincount(pairs, minlength=len(self.names))
-        boxes = np.bincount(self.classes, minlength=len(self.names))
-        width = max(map(len, [*self.names, "class"]))
+        """Every class with its index, category id and counts: worth reading before every training."""
+        width, box_image = max(map(len, [*self.names, "class"])), self.box_image
         lines = [f"{'class':{width}}  index  id     images    boxes"]
-        for i, name in enumerate(self.names):
-            lines.append(f"{name:{width}}  {i:5}  {self.category_ids[i]!s:5} {images[i]:8} {boxes[i]:8}")
-        empty = int((np.diff(self.first) == 0).sum())
+        for i, (name, category) in enumerate(zip(self.names, self.category_ids)):
+            images = box_image[self.classes == i]
+            lines.append(f"{name:{width}}  {i:5}  {category!s:5} {len(np.unique(images)):8} {len(images):8}")
+        empty = int((np.diff(self.box_offsets) == 0).sum())
         lines.append(f"{len(self)} images ({empty} without boxes), {len(self.boxes)} boxes"
                      f" ({int(self.crowd.sum())} crowds, {int(self.difficult.sum())} difficult)")
         return "\n".join(lines)
 
 
-def open_dataset(data: str, split: str, json_path: str | None = None, image_dir: str | None = None,
-                 names: list[str] | None = None) -> DetectionDataset:
-    """The dataset at `data`, in the layout found there.
+# ---------------------------------------------------------------------------------------------- layouts
 
-    data: "shapes", or a folder in COCO layout (`annotations/instances_SPLIT.json`, `SPLIT/`) or VOC layout
-    (`VOC2007/ImageSets/Main/SPLIT.txt`, ...). split: one or several joined by "+"; VOC's are YEAR_SPLIT.
-    json_path and image_dir name a COCO-format file and its images directly. names: the classes a model knows;
-    a dataset with others is refused. Raises DataError.
-    """
+def layout(data: str) -> str:
+    """What --data names: "shapes", "voc" or "coco". Raises DataError if it is none of them."""
+    if data == "shapes":
+        return "shapes"
     root = Path(data)
+    if not root.is_dir():
+        raise DataError(f"data folder {root} does not exist (--data takes a folder or 'shapes')")
+    if any(root.glob("VOC[0-9]*")):
+        return "voc"
+    if (root / "annotations").is_dir():
+        return "coco"
+    raise DataError(f"{root}: neither COCO layout (annotations/instances_SPLIT.json) nor VOC layout "
+                    f"(VOC2007/). Other layouts need a COCO-format file and its image folder, see --help")
+
+
+def open_folder(data: str, split: str, json_path: str | None = None, image_dir: str | None = None,
+                names: list[str] | None = None) -> DetectionDataset:
+    """A dataset on disk, in COCO or VOC layout. `shapes.open_dataset` also knows the built-in set.
+
+    split: one split or several joined by "+"; a VOC split is YEAR_SPLIT. json_path, image_dir: a COCO-format
+    file and its images, instead of data and split. names: the classes of a model. Raises DataError if the
+    dataset has others.
+    """
     if json_path or image_dir:
         if not (json_path and image_dir):
             raise DataError("an annotation file and its image folder belong together: give both")
         return load_coco([(Path(json_path), Path(image_dir))], names)
-    if data == "shapes":
-        dataset = Shapes(split)
-        if names and names != dataset.names:
-            raise DataError(f"the model knows {names}, shapes has {dataset.names}")
-        return dataset
-    if not root.is_dir():
-        raise DataError(f"data folder {root} does not exist (--data takes a folder or 'shapes')")
-    if any(root.glob("VOC[0-9]*")):
+    root = Path(data)
+    if layout(data) == "voc":
         return load_voc(root, split, names)
-    if (root / "annotations").is_dir():
-        parts = split.split("+")
-        return load_coco([(root / "annotations" / f"instances_{part}.json",
-                           root / EXTRA_COCO_SPLITS.get(part, part)) for part in parts], names)
-    raise DataError(f"{root}: neither COCO layout (annotations/instances_{split}.json) nor VOC layout "
-                    f"(VOC2007/); for other layouts give the COCO-format file and the image folder "
-                    f"(--train-json --train-images --val-json --val-images)")
+    return load_coco([(root / "annotations" / f"instances_{part}.json",
+                       root / EXTRA_COCO_SPLITS.get(part, part)) for part in split.split("+")], names)
 
 
-def _class_order(names: list[str] | None, found: list[str], source) -> list[str]:
-    if names is None:
-        return found
-    if set(names) != set(found):
-        raise DataError(f"{source}: its classes are not the model's: only in the file "
-                        f"{sorted(set(found) - set(names))}, "
-                        f"only in the model {sorted(set(names) - set(found))}")
-    return list(names)
+def image_folder(path: Path, names: list[str], category_ids: list[int]) -> DetectionDataset:
+    """Images without annotations, from a folder or a single file. The image ids are the file names."""
+    files = [path] if path.is_file() else path.glob("*")
+    paths = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"{path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    sizes = [read_image(str(p)).size[::-1] for p in paths]
+    return DetectionDataset(names, category_ids, image_ids=[p.name for p in paths], paths=paths, sizes=sizes,
+                            boxes=[], classes=[], image_index=[])
 
 
-# ---------------------------------------------------------------------------------------------- COCO
+def _refuse_duplicates(values: list, what: str, source):
+    if len(set(values)) < len(values):
+        value, count = Counter(values).most_common(1)[0]
+        raise DataError(f"{source}: {what} {value!r} occurs {count} times")
 
-def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) -> DetectionDataset:
-    """COCO-format files joined into one dataset. parts: (json file, image folder) pairs. Raises DataError.
 
-    Structural errors (a missing file, an unknown category, ...) stop; a box that cannot be an object is
-    listed in the notes and left out.
+def _refuse_missing_images(paths: list[str], source):
+    """Lists each folder once instead of asking for each file: 118k files take under a second."""
+    folders = [os.path.dirname(path) or "." for path in paths]
+    listed = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in set(folders)}
+    missing = [path for path, folder in zip(paths, folders) if os.path.basename(path) not in listed[folder]]
+    if missing:
+        folder = os.path.dirname(missing[0]) or "."
+        what = missing[0] if os.path.isdir(folder) else f"image folder {folder}"
+        raise DataError(f"{what} does not exist: {len(missing)} of {len(paths)} images of {source} missing")
+
+
+def _valid_boxes(boxes: np.ndarray, has_area: np.ndarray, sizes: np.ndarray, describe,
+                 notes: list[str]) -> np.ndarray:
+    """Which boxes (A, 4) can be objects of their images. What is wrong with the others goes to the notes.
+
+    has_area: (A,) bool, from the numbers in the file. sizes: (A, 2) height, width of the image of each box.
+    describe: function that names the box of a row. Returns (A,) bool.
     """
-    columns, notes, categories = [], [], None
-    for path, folder in parts:
-        content = _read_json(path)
-        table = {category["id"]: category["name"] for category in content["categories"]}
-        if categories is not None and table != categories:
-            raise DataError(f"{path}: other categories than {parts[0][0]}")
-        categories = table
-        columns.append(_coco_columns(content, table, path, folder, notes))
-    joined = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
-    offsets = np.cumsum([0] + [len(c["image_ids"]) for c in columns])
-    joined["image_index"] = np.concatenate([c["image_index"] + o for c, o in zip(columns, offsets)])
-    _refuse_duplicates(joined["image_ids"].tolist(), "image id", parts[-1][0])
-    order = _class_order(names, list(categories.values()), parts[0][0])
-    id_of = {name: category for category, name in categories.items()}
-    category_ids = [id_of[name] for name in order]
-    index_of = {category: index for index, category in enumerate(category_ids)}
-    joined["classes"] = np.array([index_of[c] for c in joined.pop("category").tolist()], np.int64)
-    return DetectionDataset(order, category_ids, **joined, difficult=np.zeros(len(joined["boxes"]), bool),
-                            notes=notes)
+    finite = np.isfinite(boxes).all(axis=1)
+    inside = (boxes[:, :2] < sizes[:, ::-1]).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+    valid = finite & has_area & inside
+    invalid = np.flatnonzero(~valid)
+    for i in invalid[:LISTED_PROBLEMS]:
+        if not finite[i]:
+            why = "not finite"
+        elif not has_area[i]:
+            why = "no area (inverted or empty)"
+        else:
+            why = f"outside its {sizes[i][1]} x {sizes[i][0]} image"
+        notes.append(f"{describe(i)}: {why}")
+    if len(invalid) > LISTED_PROBLEMS:
+        notes.append(f"... and {len(invalid) - LISTED_PROBLEMS} more")
+    if len(invalid):
+        notes.append(f"left out {len(invalid)} invalid boxes of {len(boxes)}, in training and in scoring")
+    beyond = valid & ((boxes[:, :2] < -1).any(axis=1) | (boxes[:, 2:] > sizes[:, ::-1] + 1).any(axis=1))
+    tiny = valid & ((boxes[:, 2:] - boxes[:, :2]) < 1).any(axis=1)
+    for rows, what in ((beyond, "reach over the border of their image; training clips them"),
+                       (tiny, "are under 1 px wide or high; scoring counts them, training leaves them out. "
+                              "Are the coordinates pixels?")):
+        if rows.any():
+            notes.append(f"{rows.sum()} boxes {what} (the first: {describe(rows.argmax())})")
+    return valid
 
+
+# ---------------------------------------------------------------------------------------------- COCO and VOC
 
 _ID, _NUMBER = (int, str), (int, float)
 _COCO_FIELDS = {"images": {"id": _ID, "file_name": str, "width": _NUMBER, "height": _NUMBER},
                 "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": list},
                 "categories": {"id": _ID, "name": str}}
-# Outlines are most of COCO's files and no use here: not parsing them saves three quarters of the time.
+# Outlines fill most of a COCO file and are not used here. Parsing without them takes a quarter of the time.
 _OUTLINES = re.compile(rb'"segmentation"\s*:\s*(?:\[[][\d\s.,eE+-]*\]|\{[^{}]*\})')
 
 
-def _read_json(path: Path) -> dict:
+def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) -> DetectionDataset:
+    """One dataset from one or several COCO-format files.
+
+    parts: (json file, image folder) pairs with the same categories. names: see `open_folder`. An invalid box
+    is left out and described in the notes; any other mistake raises DataError.
+    """
+    images, paths, annotations, files, categories = [], [], [], [], {}
+    for path, folder in parts:
+        content = _read_coco_file(path)
+        found = {category["id"]: category["name"] for category in content["categories"]}
+        if categories and found != categories:
+            raise DataError(f"{path}: its categories differ from those of {parts[0][0]}")
+        categories = found
+        image_paths = [str(folder / image["file_name"]) for image in content["images"]]
+        _refuse_missing_images(image_paths, path)
+        paths += image_paths
+        images += content["images"]
+        annotations += content["annotations"]
+        files += [path] * len(content["annotations"])
+    source = " and ".join(str(path) for path, _ in parts)
+    names, found = names or list(found.values()), set(found.values())
+    if set(names) != found:
+        raise DataError(f"{source}: not the model's classes: only in the file {sorted(found - set(names))}, "
+                        f"only in the model {sorted(set(names) - found)}")
+    label_of = {category: names.index(name) for category, name in categories.items()}
+    index_of = {image["id"]: i for i, image in enumerate(images)}
+    image_ids = np.array(list(index_of))
+    if image_ids.tolist() != list(index_of):
+        raise DataError(f"{source}: image ids must be all text or all numbers below 2^63")
+    _refuse_duplicates([image["id"] for image in images], "image id", source)
+    notes = [f"{file}: annotation id 0 (image {a['image_id']}): pycocotools ignores it, scoring here does not"
+             for a, file in zip(annotations, files) if a["id"] == 0]
+
+    def describe(i: int) -> str:
+        a = annotations[i]
+        return f"{files[i]}: image {a['image_id']}, annotation {a['id']}, bbox {a['bbox']}"
+
+    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
+    image_index = np.array([index_of[a["image_id"]] for a in annotations], np.int64)
+    xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+    boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
+    valid = _valid_boxes(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[image_index], describe, notes)
+    annotations = [annotations[i] for i in np.flatnonzero(valid)]
+    return DetectionDataset(
+        names, sorted(label_of, key=label_of.get), image_ids=image_ids, paths=paths, sizes=sizes,
+        boxes=boxes[valid], classes=[label_of[a["category_id"]] for a in annotations],
+        image_index=image_index[valid], crowd=[bool(a.get("iscrowd")) for a in annotations], notes=notes,
+        areas=[a["area"] if isinstance(a.get("area"), _NUMBER) else a["bbox"][2] * a["bbox"][3]
+               for a in annotations])
+
+
+def _read_coco_file(path: Path) -> dict:
+    """A parsed file. Raises DataError if it lacks a field or if a value in it is impossible."""
     if not path.is_file():
         raise DataError(f"annotation file {path} does not exist")
     try:
         try:
             content = json.loads(_OUTLINES.sub(b'"segmentation": 0', path.read_bytes()))
         except ValueError:
-            content = json.loads(path.read_bytes())  # again: the error names a place in the file itself
+            content = json.loads(path.read_bytes())  # so that the error states a place in the file itself
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     for key, fields in _COCO_FIELDS.items():
@@ -206,164 +317,78 @@ def _read_json(path: Path) -> dict:
             wrong = [field for field, kind in fields.items()
                      if not isinstance(row, dict) or not isinstance(row.get(field), kind)]
             if wrong:
-                raise DataError(f"{path}: {key} entry {str(row)[:80]}: {', '.join(wrong)} missing or of a "
-                                f"wrong type")
-    if not content["images"] or not content["categories"]:
-        raise DataError(f"{path}: has {len(content['images'])} images and "
-                        f"{len(content['categories'])} categories")
-    _refuse_duplicates([c["id"] for c in content["categories"]], "category id", path)
-    _refuse_duplicates([c["name"] for c in content["categories"]], "category name", path)
-    return content
-
-
-def _refuse_duplicates(values: list, what: str, path):
-    if len(set(values)) < len(values):
-        value, count = Counter(values).most_common(1)[0]
-        raise DataError(f"{path}: {what} {value!r} occurs {count} times")
-
-
-def _coco_columns(content: dict, categories: dict, path: Path, folder: Path, notes: list[str]) -> dict:
-    images, annotations = content["images"], content["annotations"]
+                raise DataError(f"{path}: {key} entry {str(row)[:80]} lacks a valid {', '.join(wrong)}")
+    images, categories = content["images"], content["categories"]
+    if not images or not categories:
+        raise DataError(f"{path}: has {len(images)} images and {len(categories)} categories")
+    _refuse_duplicates([category["id"] for category in categories], "category id", path)
+    _refuse_duplicates([category["name"] for category in categories], "category name", path)
+    _refuse_duplicates([image["id"] for image in images], "image id", path)
+    _refuse_duplicates([a["id"] for a in content["annotations"]], "annotation id", path)
     for image in images:
         if not (1 <= image["width"] < math.inf and 1 <= image["height"] < math.inf):
             raise DataError(f"{path}: image {image['id']}: width {image['width']}, height {image['height']}")
-    position = {image["id"]: i for i, image in enumerate(images)}
-    _refuse_duplicates([image["id"] for image in images], "image id", path)
-    for a in annotations:
-        where = f"{path}: annotation {a['id']}"
-        if a["image_id"] not in position:
-            raise DataError(f"{where}: points to image {a['image_id']!r}, which is not in the file")
-        if a["category_id"] not in categories:
-            raise DataError(f"{where} (image {a['image_id']}): unknown category {a['category_id']!r}")
+    image_ids, category_ids = {image["id"] for image in images}, {category["id"] for category in categories}
+    for a in content["annotations"]:
+        where = f"{path}: annotation {a['id']} (image {a['image_id']!r})"
+        if a["image_id"] not in image_ids:
+            raise DataError(f"{where}: there is no such image in the file")
+        if a["category_id"] not in category_ids:
+            raise DataError(f"{where}: unknown category {a['category_id']!r}")
         if a.get("iscrowd") not in (None, 0, 1):
-            raise DataError(f"{where} (image {a['image_id']}): iscrowd is {a['iscrowd']!r}, not 0 or 1")
+            raise DataError(f"{where}: iscrowd is {a['iscrowd']!r}, not 0 or 1")
         if not (len(a["bbox"]) == 4 and all(isinstance(v, _NUMBER) for v in a["bbox"])):
-            raise DataError(f"{where} (image {a['image_id']}): bbox {a['bbox']} is not [x, y, width, height]")
-    ids = [a["id"] for a in annotations]
-    _refuse_duplicates(ids, "annotation id", path)
-    if 0 in ids:
-        notes.append(f"{path}: annotation id 0 (image {annotations[ids.index(0)]['image_id']}): pycocotools "
-                     f"would count it as never found; scoring here renumbers")
-    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
-    xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
-    boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
-    index = np.array([position[a["image_id"]] for a in annotations], np.int64)
-    keep = _usable(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[index], lambda i: (
-        f"{path}: image {annotations[i]['image_id']}, annotation {ids[i]}, "
-        f"bbox {annotations[i]['bbox']}"), notes)
-    area = [a["area"] if isinstance(a.get("area"), _NUMBER) else a["bbox"][2] * a["bbox"][3]
-            for a in annotations]
-    paths = [str(folder / image["file_name"]) for image in images]
-    _refuse_missing_images(paths, path)
-    image_ids = np.array([image["id"] for image in images])
-    if image_ids.tolist() != [image["id"] for image in images]:
-        raise DataError(f"{path}: image ids must be all text or all numbers below 2^63")
-    return {"image_ids": image_ids, "paths": np.array(paths),
-            "sizes": sizes, "boxes": boxes[keep], "areas": np.array(area, np.float64)[keep],
-            "category": np.array([a["category_id"] for a in annotations])[keep], "image_index": index[keep],
-            "crowd": np.array([bool(a.get("iscrowd")) for a in annotations], bool)[keep]}
+            raise DataError(f"{where}: bbox {a['bbox']} is not [x, y, width, height]")
+    return content
 
-
-def _usable(boxes: np.ndarray, solid: np.ndarray, sizes: np.ndarray, name, notes: list[str]) -> np.ndarray:
-    """Which boxes (A, 4) can be objects of their images (A, 2); the others go to the notes, named
-    by name(row).
-
-    solid: (A,) bool, whether the box as it stands in the file has an area.
-    """
-    finite = np.isfinite(boxes).all(axis=1)
-    inside = (boxes[:, :2] < sizes[:, ::-1]).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    keep = finite & solid & inside
-    bad = np.flatnonzero(~keep)
-    for i in bad[:LISTED_PROBLEMS]:
-        why = ("not finite" if not finite[i] else "no area (inverted or empty)" if not solid[i]
-               else f"outside its {sizes[i][1]} x {sizes[i][0]} image")
-        notes.append(f"{name(i)}: {why}")
-    if len(bad) > LISTED_PROBLEMS:
-        notes.append(f"... and {len(bad) - LISTED_PROBLEMS} more")
-    if len(bad):
-        notes.append(f"left out {len(bad)} unusable boxes of {len(boxes)}, in training and in scoring")
-    beyond = keep & ((boxes[:, :2] < -1).any(axis=1) | (boxes[:, 2:] > sizes[:, ::-1] + 1).any(axis=1))
-    if beyond.any():
-        i = int(np.flatnonzero(beyond)[0])
-        notes.append(f"{int(beyond.sum())} boxes reach over the border of their image and are cut there in "
-                     f"training (the first: {name(i)})")
-    tiny = keep & ((boxes[:, 2:] - boxes[:, :2]) < 1).any(axis=1)
-    if tiny.any():
-        notes.append(f"{int(tiny.sum())} boxes are under 1 px wide or high: scored, not trained on "
-                     f"(the first: {name(int(np.flatnonzero(tiny)[0]))}). Are the coordinates pixels?")
-    return keep
-
-
-def _refuse_missing_images(paths: list[str], source):
-    """One listing per folder instead of one look per file: 118k files take under a second."""
-    folders = [os.path.dirname(path) or "." for path in paths]
-    listed = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else None for folder in set(folders)}
-    missing = [path for path, folder in zip(paths, folders)
-               if os.path.basename(path) not in (listed[folder] or ())]
-    if missing:
-        folder = os.path.dirname(missing[0]) or "."
-        what = (f"image folder {folder} does not exist" if listed[folder] is None
-                else f"{missing[0]} does not exist")
-        raise DataError(f"{what}: {len(missing)} of {len(paths)} images of {source} are missing")
-
-
-# ---------------------------------------------------------------------------------------------- VOC
 
 def load_voc(root: Path, split: str, names: list[str] | None = None) -> DetectionDataset:
-    """Pascal VOC layout. split: YEAR_SPLIT, several joined by "+" ("2007_trainval+2012_trainval").
+    """Dataset in Pascal VOC layout. split: YEAR_SPLIT, or several: "2007_trainval+2012_trainval".
 
-    Raises DataError. Classes: VOC's twenty if the files name no other, else what they name, sorted.
-    VOC counts pixels from 1 and includes both ends: (xmin - 1, ymin - 1, xmax, ymax) is the same
-    box with far edges.
+    Without names, the classes are VOC's twenty, or those in the files if there is any other. An invalid box
+    is left out and described in the notes; any other mistake raises DataError.
     """
-    image_ids, paths, sizes, rows, notes = [], [], [], [], []
+    image_ids, paths, sizes, objects, image_index, notes = [], [], [], [], [], []
     for part in split.split("+"):
         year, _, subset = part.partition("_")
         base = root / f"VOC{year}"
         listing = base / "ImageSets" / "Main" / f"{subset}.txt"
         if not listing.is_file():
             raise DataError(f"{listing} does not exist (a VOC split is named YEAR_SPLIT, e.g. 2007_trainval)")
-        for line in listing.read_text().splitlines():
-            if not line.strip():
-                continue
-            name = re.sub(r"\s+-?[01]$", "", line.strip())  # lists of one class end in 1, 0 or -1
-            path = base / "Annotations" / f"{name}.xml"
-            size, suffix, objects = _read_voc_file(path)
-            paths.append(str(base / "JPEGImages" / f"{name}{suffix}"))
-            if size is None:
-                size = read_image(paths[-1]).size[::-1]
-            rows += [(len(image_ids), path, *obj) for obj in objects]
-            image_ids.append(name)
-            sizes.append(size)
+        for line in filter(None, map(str.strip, listing.read_text().splitlines())):
+            image_id = re.sub(r"\s+-?[01]$", "", line)  # in lists of one class a line ends in 1, 0 or -1
+            size, suffix, found = _read_voc_file(base / "Annotations" / f"{image_id}.xml")
+            path = str(base / "JPEGImages" / f"{image_id}{suffix}")
+            objects += found
+            image_index += [len(image_ids)] * len(found)
+            image_ids.append(image_id)
+            paths.append(path)
+            sizes.append(size or read_image(path).size[::-1])
     if not image_ids:
         raise DataError(f"{root}: the split {split} lists no images")
     _refuse_duplicates(image_ids, "image", root)
     _refuse_missing_images(paths, f"{root} {split}")
-    found = {row[2] for row in rows}
     if names is None:
-        names = list(VOC_CLASSES) if found <= set(VOC_CLASSES) else sorted(found)
-    for row in rows:
-        if row[2] not in names:
-            raise DataError(f"{row[1]}: unknown class {row[2]!r}; the model knows {', '.join(names)}")
-    index = np.array([row[0] for row in rows], np.int64)
-    pixels = np.array([row[4] for row in rows], np.float64).reshape(-1, 4)
-    boxes = pixels - (1, 1, 0, 0)
-    # A box that is one pixel wide by VOC's convention is a slip of the mouse, not an object.
-    solid = (pixels[:, 2:] > pixels[:, :2]).all(axis=1)
-    keep = _usable(boxes, solid, np.array(sizes, np.int64)[index], lambda i: (
-        f"{rows[i][1]}: object {rows[i][3]} ({rows[i][2]}), bndbox {list(rows[i][4])}"), notes)
-    kept = [row for row, k in zip(rows, keep) if k]
-    boxes = boxes[keep]
+        found_names = {obj["name"] for obj in objects}
+        names = list(VOC_CLASSES) if found_names <= set(VOC_CLASSES) else sorted(found_names)
+    for obj in objects:
+        if obj["name"] not in names:
+            raise DataError(f"{obj['text']}: unknown class; the model knows {', '.join(names)}")
+    sizes, image_index = np.array(sizes, np.int64), np.array(image_index, np.int64)
+    bndbox = np.array([obj["bndbox"] for obj in objects], np.float64).reshape(-1, 4)
+    boxes = bndbox - (1, 1, 0, 0)  # VOC counts pixels from 1 and includes both ends
+    # A box that is one pixel wide in VOC's convention is a slip of the mouse, not an object.
+    has_area = (bndbox[:, 2:] > bndbox[:, :2]).all(axis=1)
+    valid = _valid_boxes(boxes, has_area, sizes[image_index], lambda i: objects[i]["text"], notes)
+    objects = [objects[i] for i in np.flatnonzero(valid)]
     return DetectionDataset(
-        names, range(1, len(names) + 1), image_ids, paths, sizes, boxes,
-        [names.index(row[2]) for row in kept],
-        (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), np.zeros(len(kept), bool),
-        [row[5] for row in kept], index[keep], notes, voc=True)
+        names, range(1, len(names) + 1), image_ids=image_ids, paths=paths, sizes=sizes, boxes=boxes[valid],
+        classes=[names.index(obj["name"]) for obj in objects], image_index=image_index[valid],
+        difficult=[obj["difficult"] for obj in objects], notes=notes, voc=True)
 
 
-def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[tuple]]:
-    """((height, width) or None, suffix of the picture, [(class name, number, (xmin, ymin, xmax, ymax),
-    difficult)]) of one file."""
+def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[dict]]:
+    """Size (height, width) or None, suffix of the image file, and objects. Raises DataError."""
     if not path.is_file():
         raise DataError(f"annotation file {path} does not exist")
     try:
@@ -374,195 +399,56 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[tuple]
         size = tuple(int(float(tree.findtext(f"size/{side}", "0"))) for side in ("height", "width"))
         objects = []
         for number, obj in enumerate(tree.iter("object"), start=1):
-            box = tuple(float(obj.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            objects.append((obj.findtext("name").strip(), number, box,
-                            obj.findtext("difficult", "0").strip() == "1"))
+            bndbox = [float(obj.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            name, difficult = obj.findtext("name").strip(), obj.findtext("difficult", "0").strip() == "1"
+            objects.append({"name": name, "bndbox": bndbox, "difficult": difficult,
+                            "text": f"{path}: object {number} ({name}), bndbox {bndbox}"})
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a VOC annotation, a size, name or bndbox is missing or no number "
-                        f"({error})") from error
+        raise DataError(f"{path}: not a VOC annotation: no valid size, name or bndbox ({error})") from error
     suffix = Path(tree.findtext("filename", "").strip()).suffix or ".jpg"
     return (size if min(size) > 0 else None), suffix, objects
 
 
-# ---------------------------------------------------------------------------------------------- shapes
-
-SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split; no picture is in both
-SHAPES_SIDES = (96, 128)  # px; half of the pictures are wide, half are tall
-SHAPES_OBJECT = (12, 96)  # px, longer side of an object: an 8-fold range
-SHAPES_EMPTY = 0.05  # share of images without objects
-SHAPES_MAX_OBJECTS = 6
-SHAPES_OVERLAP = 0.4  # of the smaller of two boxes
-
-
-def _regular(points: int, inner: float = 1.0) -> np.ndarray:
-    """Outline of a regular polygon, or of a star with inner < 1, in [-1, 1]; the first corner is on top."""
-    count = points if inner == 1 else 2 * points
-    angle = 2 * np.pi * np.arange(count) / count - np.pi / 2
-    radius = np.where(np.arange(count) % 2, inner, 1.0) if inner < 1 else np.ones(count)
-    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=1)
-
-
-def _heart() -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack((16 * np.sin(t) ** 3, -y), axis=1) / 16
-
-
-# name: outline (n, 2). The last two are the novel classes of the few-shot runs.
-OUTLINES = {
-    "disc": _regular(40),
-    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
-    "triangle": _regular(3),
-    "star": _regular(5, inner=0.42),
-    "cross": np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
-                       (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]),
-    "ring": _regular(40),  # its hole is cut when it is drawn
-    "arrow": np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)]),
-    "heart": _heart(),
-}
-CORNERS = list(OUTLINES.values())
-RING_HOLE = 0.55  # radius of the hole in parts of the ring's
-
-
-class Shapes(DetectionDataset):
-    """The built-in set: textured pictures of eight shapes, drawn when they are read, equal on
-    every machine and run.
-
-    split: "train" or "val". Image i of a split depends on the split and i alone.
-    """
-
-    def __init__(self, split: str):
-        if split not in SHAPES_IMAGES:
-            raise DataError(f"shapes has the splits {', '.join(SHAPES_IMAGES)}, not {split!r}")
-        count = SHAPES_IMAGES[split]
-        self.seed = list(SHAPES_IMAGES).index(split)
-        scenes = [self._scene(i) for i in range(count)]
-        sizes = [scene[0] for scene in scenes]
-        objects = [(i, *obj) for i, scene in enumerate(scenes) for obj in scene[1]]
-        outlines = [outline for _, _, outline in objects]
-        boxes = np.array([[*outline.min(axis=0), *outline.max(axis=0)]
-                          for outline in outlines]).reshape(-1, 4)
-        super().__init__(OUTLINES, range(1, len(OUTLINES) + 1), np.arange(1, count + 1),
-                         [f"shapes_{split}_{i:05}" for i in range(count)], sizes, boxes,
-                         [label for _, label, _ in objects],
-                         (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
-                         np.zeros(len(boxes), bool), np.zeros(len(boxes), bool), [i for i, _, _ in objects])
-
-    def _scene(self, index: int) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
-        """Size (height, width) and objects [(label, outline (n, 2) px)] of a picture, back to front."""
-        rng = np.random.default_rng((self.seed, index, 0))
-        size = SHAPES_SIDES if rng.random() < 0.5 else SHAPES_SIDES[::-1]
-        wanted = 0 if rng.random() < SHAPES_EMPTY else rng.integers(1, SHAPES_MAX_OBJECTS + 1)
-        objects, boxes = [], []
-        for _ in range(20 * wanted):  # tries; a crowded picture may end up with fewer objects than wanted
-            if len(objects) == wanted:
-                break
-            label = int(rng.integers(len(OUTLINES)))
-            longer, narrower = rng.uniform(*SHAPES_OBJECT), rng.uniform(0.85, 1.0)
-            turn = rng.uniform(-0.1, 0.1)
-            cos, sin = math.cos(turn), math.sin(turn)
-            outline = CORNERS[label] * (1, narrower) @ np.array([[cos, sin], [-sin, cos]])
-            outline -= outline.min(axis=0)
-            outline *= longer / outline.max()
-            width, height = outline.max(axis=0).tolist()
-            if width + 1 > size[1] or height + 1 > size[0]:
-                continue
-            x, y = rng.uniform(0, size[1] - width), rng.uniform(0, size[0] - height)
-            box = (x, y, x + width, y + height)
-            if all(_covered(box, other) <= SHAPES_OVERLAP for other in boxes):
-                objects.append((label, outline + (x, y)))
-                boxes.append(box)
-        return size, objects
-
-    def image(self, index: int, shrink: float = 1.0) -> Image.Image:
-        size, objects = self._scene(index)
-        rng = np.random.default_rng((self.seed, index, 1))
-        height, width = size
-        base = rng.uniform(50, 205, 3)
-        picture = np.broadcast_to(base, (height, width, 3)).copy()
-        for cells, strength in ((3, 40), (10, 15), (32, 10)):  # blurred noise of three scales, then grain
-            noise = rng.uniform(-strength, strength, (cells, cells, 3)).astype(np.float32)
-            for c in range(3):
-                picture[..., c] += np.asarray(
-                    Image.fromarray(noise[..., c]).resize((width, height), Image.BICUBIC))
-        grain = rng.normal(0, 4, picture.shape)
-        image = Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8))
-        for label, outline in objects:
-            colour = rng.uniform(0, 255, 3)
-            while np.abs(colour - base).sum() < 180:
-                colour = rng.uniform(0, 255, 3)
-            stripes = (rng.uniform(-20, 20)
-                       * np.sin(np.arange(width) * rng.uniform(0.1, 0.8) + rng.uniform(0, 6)))
-            corner, end = outline.min(axis=0).astype(int), outline.max(axis=0).astype(int) + 1
-            part = slice(corner[1], end[1]), slice(corner[0], end[0])
-            texture = colour + stripes[None, part[1], None] + grain[part]
-            mask = _silhouette(outline - corner, list(OUTLINES)[label] == "ring", *texture.shape[:2])
-            image.paste(Image.fromarray(texture.clip(0, 255).astype(np.uint8)), tuple(corner.tolist()), mask)
-        return image
-
-
-def _covered(box: tuple, other: tuple) -> float:
-    """Intersection of two boxes in parts of the smaller one."""
-    inter = (max(0, min(box[2], other[2]) - max(box[0], other[0]))
-             * max(0, min(box[3], other[3]) - max(box[1], other[1])))
-    return inter / min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-
-
-def _silhouette(outline: np.ndarray, ring: bool, height: int, width: int, smooth: int = 4) -> Image.Image:
-    """Mask with soft edges of an outline (n, 2) px in a height x width picture,
-    drawn `smooth` times as large."""
-    mask = Image.new("L", (width * smooth, height * smooth))
-    draw = ImageDraw.Draw(mask)
-    draw.polygon([tuple(p) for p in outline * smooth], fill=255)
-    if ring:
-        center = (outline.min(axis=0) + outline.max(axis=0)) / 2
-        draw.polygon([tuple(p) for p in (center + (outline - center) * RING_HOLE) * smooth], fill=0)
-    return mask.reduce(smooth)
-
-
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- samples
 
 def read_image(path: str, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
-    """Any picture Pillow reads as RGB, upright (EXIF).
+    """Any image that Pillow reads, as upright RGB (EXIF orientation applied).
 
-    size: (height, width) it must have. shrink: how many times smaller it will be used; a JPEG is decoded to a
-    half, a quarter or an eighth if that leaves it large enough and both sides divide by it (else a rest would
-    move the picture against its boxes). Raises DataError naming a broken or missing file, or one of another
-    size.
+    size: (height, width) that it must have. shrink: factor by which the caller will reduce it. A JPEG is
+    then decoded at 1/2, 1/4 or 1/8 if that is not too small and divides both sides: a remainder would shift
+    the image against its boxes. Raises DataError for a missing or broken file or another size.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            part = next((n for n in (8, 4, 2) if n <= shrink and width % n == height % n == 0), 1)
-            image.draft(None, (width // part, height // part))  # of other formats than JPEG this does nothing
+            factor = next((n for n in (8, 4, 2) if n <= shrink and width % n == height % n == 0), 1)
+            image.draft(None, (width // factor, height // factor))  # has no effect on formats other than JPEG
             image.load()
-            if image.getexif().get(ORIENTATION, 1) > 4:  # it lies on its side
+            if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by 90 degrees
                 width, height = height, width
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as a picture ({error})") from error
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
     if size not in (None, (height, width)):
-        raise DataError(f"{path}: the picture is {width} x {height} (EXIF orientation applied), its "
-                        f"annotation says {size[1]} x {size[0]}: the boxes cannot be placed")
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow's convert would cut at 255
+        raise DataError(f"{path}: the image is {width} x {height} (EXIF orientation applied), but its "
+                        f"annotation says {size[1]} x {size[0]}, so its boxes cannot be placed")
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits, which Pillow would cut at 255
         pixels = np.asarray(image, np.float32)
-        image = Image.fromarray(
-            (pixels / 257 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8))
+        pixels = pixels / 257 if pixels.max() > 255 else pixels
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Size (height, width) after scaling so that the short side is min_size, or the long one
-    max_size if smaller."""
+    """(height, width) with a short side of min_size, or a long side of max_size if that is smaller."""
     scale = min(max_size / max(height, width), min_size / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture (h, w, 3) uint8 at another size: Pillow's antialiased bilinear filter to 1 of 255, in torch's
-    form, which takes a third of the time."""
+    """Resizes (h, w, 3) uint8, bilinear and antialiased. torch needs a third of Pillow's time for it."""
     if image.shape[:2] == (height, width):
         return image
     planes = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -571,15 +457,14 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: int, flip: bool = False,
                 use_difficult: bool = False) -> dict:
-    """One image at network size.
+    """One image and its objects at network size.
 
-    Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of that image, "labels" (n,) int64,
+    Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of the resized image, "labels" (n,) int64,
     "image_id", "index", "original_size" (height, width)}.
     """
-    worker = get_worker_info()
-    if worker:
-        path = os.fsdecode(dataset.paths[index])
-        _held[worker.id] = os.getpid(), f"image {dataset.image_ids[index]} ({path})".encode()
+    if worker := get_worker_info():
+        text = f"image {dataset.image_ids[index]} ({os.fsdecode(dataset.paths[index])})"
+        _in_progress[worker.id] = os.getpid(), text.encode()
     height, width = dataset.sizes[index].tolist()
     new_height, new_width = resized_shape(height, width, min_size, max_size)
     image = dataset.image(index, min(height / new_height, width / new_width))
@@ -592,31 +477,62 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
             "image_id": dataset.image_ids[index].item(), "index": index, "original_size": (height, width)}
 
 
-# Which image every loader process holds: memory that forked processes share, to be read when one has died.
-_held = np.frombuffer(mmap.mmap(-1, MAX_WORKERS * 1024), [("process", "i8"), ("image", "S1016")])
+# What each loader process is reading, in memory that forked processes share and that survives them.
+_in_progress = np.frombuffer(mmap.mmap(-1, MAX_WORKERS * 1024), [("process", "i8"), ("image", "S1016")])
 
 
 def death_of_a_loader(error: Exception) -> str | None:
-    """One line with the image that a loader process held when it died (killed for its memory, or crashed in a
-    library); None if the error is another. torch raises it in the midst of whatever is running, or the pipe
-    to that process breaks first."""
+    """One line that names the image on which a loader process died; None for any other error.
+
+    The system kills a process that needs too much memory, and a library can crash. torch then raises a
+    RuntimeError wherever the program is, unless the connection to the process breaks first.
+    """
     if isinstance(error, (ConnectionError, EOFError)):
-        with suppress(RuntimeError):  # the same death, which torch sees now
+        with suppress(RuntimeError):  # torch notices the same death a moment later
             time.sleep(1)
     elif not str(error).startswith("DataLoader worker"):
         return None
     alive = [process.pid for process in multiprocessing.active_children()]
-    images = _held["image"][(_held["process"] > 0) & ~np.isin(_held["process"], alive)]
-    if not len(images):
+    dead = (_in_progress["process"] > 0) & ~np.isin(_in_progress["process"], alive)
+    if not dead.any():
         return None
+    image = _in_progress["image"][dead][0].decode(errors="replace")
     reason = str(error).splitlines()[0].rstrip(". ")
-    return (f"a loader process died at {images[0].decode(errors='replace')} ({reason}). Is memory short? "
-            f"Fewer --workers need less")
+    return f"a loader process died at {image} ({reason}). Is memory short? Fewer --workers need less"
 
 
-def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,
-                 pad_to: tuple[int, int]):
-    """Raises DataError if an image of the dataset, resized, does not fit the fixed input size pad_to."""
+def collate(samples: list[dict], size_divisor: int = 32, shapes: list[tuple[int, int]] | None = None,
+            min_objects: int = 1) -> dict:
+    """Samples of `load_sample` as one batch (the tensor contract of the models).
+
+    Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width
+    before padding; gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING in rows without an object,
+    G >= min_objects; original_sizes (B, 2); lists image_ids and indices. (H, W) is the first of `shapes` that
+    holds all images, by default the smallest multiples of size_divisor. Raises DataError if none holds them.
+    """
+    sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
+    height, width = sizes.amax(dim=0).tolist()
+    if shapes is None:
+        shapes = [(-(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor)]
+    large_enough = [shape for shape in shapes if height <= shape[0] and width <= shape[1]]
+    if not large_enough:
+        raise DataError(f"images of {height} x {width} (height, width) fit none of the sizes {shapes}")
+    num_objects = max(min_objects, *(len(sample["labels"]) for sample in samples))
+    images = torch.zeros(len(samples), 3, *large_enough[0], dtype=torch.uint8)
+    gt_boxes = torch.zeros(len(samples), num_objects, 4)
+    gt_labels = torch.full((len(samples), num_objects), PADDING)
+    for i, (sample, (h, w)) in enumerate(zip(samples, sizes.tolist())):
+        n = len(sample["labels"])
+        images[i, :, :h, :w] = torch.from_numpy(sample["image"]).permute(2, 0, 1)
+        gt_boxes[i, :n] = torch.from_numpy(sample["boxes"])
+        gt_labels[i, :n] = torch.from_numpy(sample["labels"])
+    return {"images": images, "sizes": sizes, "gt_boxes": gt_boxes, "gt_labels": gt_labels,
+            "image_ids": [sample["image_id"] for sample in samples], "indices": [s["index"] for s in samples],
+            "original_sizes": torch.tensor([sample["original_size"] for sample in samples])}
+
+
+def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int, pad_to: tuple[int, int]):
+    """Raises DataError if a resized image of the dataset is larger than the input size pad_to."""
     for i, (height, width) in enumerate(dataset.sizes.tolist()):
         for min_size in min_sizes:
             shape = resized_shape(height, width, min_size, max_size)
@@ -626,10 +542,10 @@ def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,
 
 
 def shape_buckets(dataset: DetectionDataset, min_size: int, max_size: int) -> list[tuple[int, int]]:
-    """A few (height, width) px of which one holds any batch of `StepBatches`, smallest first, so that a step
-    can be compiled for each: of wide and of tall pictures the largest short side, with BUCKETS long ones.
+    """A few batch shapes (height, width), so that a training step can be compiled once for each.
 
-    Sides are multiples of 32. min_size: the largest that images are resized to.
+    They are multiples of 32, smallest first: the largest short side with BUCKETS long sides, wide and tall.
+    One of them holds any batch of `TrainBatchSampler`. min_size: the largest in training.
     """
     shapes = np.array([resized_shape(height, width, min_size, max_size) for height, width in dataset.sizes])
     short, shortest, longest = shapes.min(axis=1).max(), shapes.max(axis=1).min(), shapes.max()
@@ -639,45 +555,10 @@ def shape_buckets(dataset: DetectionDataset, min_size: int, max_size: int) -> li
     return sorted(wide | {(width, height) for height, width in wide}, key=lambda shape: (sum(shape), shape))
 
 
-def collate(samples: list[dict], divisor: int = 32, shapes: list[tuple[int, int]] | None = None,
-            min_objects: int = 1) -> dict:
-    """Samples as one batch (the tensor contract of the models).
-
-    Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width;
-    gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING where an image has fewer than G objects
-    (G >= min_objects); image_ids, indices: lists; original_sizes (B, 2). H, W: the largest sides rounded up
-    to `divisor`, or the first of `shapes` that holds them. Raises DataError if none does.
-    """
-    sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
-    height, width = sizes.amax(dim=0).tolist()
-    if shapes is None:
-        shapes = [(-(-height // divisor) * divisor, -(-width // divisor) * divisor)]
-    fitting = [shape for shape in shapes if height <= shape[0] and width <= shape[1]]
-    if not fitting:
-        raise DataError(f"images of {height} x {width} (height, width) fit none of the sizes {shapes}")
-    height, width = fitting[0]
-    count = len(samples)
-    most = max(min_objects, *(len(sample["labels"]) for sample in samples))
-    images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
-    gt_boxes, gt_labels = torch.zeros(count, most, 4), torch.full((count, most), PADDING)
-    for i, sample in enumerate(samples):
-        h, w = sample["image"].shape[:2]
-        n = len(sample["labels"])
-        images[i, :, :h, :w] = torch.from_numpy(sample["image"]).permute(2, 0, 1)
-        gt_boxes[i, :n], gt_labels[i, :n] = (torch.from_numpy(sample["boxes"]),
-                                             torch.from_numpy(sample["labels"]))
-    return {"images": images, "sizes": sizes, "gt_boxes": gt_boxes, "gt_labels": gt_labels,
-            "image_ids": [sample["image_id"] for sample in samples], "indices": [s["index"] for s in samples],
-            "original_sizes": torch.tensor([sample["original_size"] for sample in samples])}
-
-
-# ---------------------------------------------------------------------------------------------- batches
-
 class TrainSamples(Dataset):
-    """Training view of a dataset. An item is asked for by (epoch, index).
+    """Augmented samples of a training set. An item is requested as (epoch, index).
 
-    Flip and short side are drawn from (seed, epoch, index), so they depend on neither worker,
-    rank nor restart.
+    Flip and short side depend on (seed, epoch, index) alone, not on a loader process, a rank or a restart.
     """
 
     def __init__(self, dataset: DetectionDataset, min_sizes: list[int], max_size: int, flip: bool = True,
@@ -694,7 +575,7 @@ class TrainSamples(Dataset):
 
 
 class TestSamples(Dataset):
-    """Every image of a dataset once, at one size, in order."""
+    """Samples for detection: every image once, at one size."""
 
     def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int):
         self.dataset, self.min_size, self.max_size = dataset, min_size, max_size
@@ -706,13 +587,12 @@ class TestSamples(Dataset):
         return len(self.dataset)
 
 
-class StepBatches:
-    """The images of every training step: a function of (seed, epoch) alone.
+class TrainBatchSampler:
+    """Batch sampler of training. The images of a step depend on (seed, epoch) alone.
 
-    A step takes `batch_size` images of one aspect-ratio group (wide or tall), which wastes little padding.
-    Rank r of `world` takes the r-th part of each step, in `accumulate` micro-batches; what all ranks see
-    together depends on neither `world` nor `accumulate`. Iterating yields lists of (epoch, index), from step
-    `start` to step `stop`.
+    A step takes `batch_size` images that are all wide or all tall, which wastes little padding. Rank r of
+    `world` gets the r-th part of every step, in `accumulate` micro-batches. All ranks together see the same
+    images for any `world` and `accumulate`. Yields lists of (epoch, index), from step `start` up to `stop`.
     """
 
     def __init__(self, dataset: DetectionDataset, indices: np.ndarray, batch_size: int, seed: int = 0,
@@ -723,8 +603,7 @@ class StepBatches:
         self.steps_per_epoch = sum(-(-int(group.sum()) // batch_size) for group in (self.wide, ~self.wide))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """(steps_per_epoch, batch_size) image indices. The last batch of a group is filled up from
-        its first."""
+        """(steps_per_epoch, batch_size) image indices. The last batch of a group repeats its first images."""
         rng = np.random.default_rng((self.seed, epoch))
         batches = []
         for group in (self.wide, ~self.wide):
@@ -734,15 +613,32 @@ class StepBatches:
         return rng.permutation(np.concatenate(batches))
 
     def __iter__(self):
-        micro = self.batch_size // (self.world * self.accumulate)
+        micro_batch = self.batch_size // (self.world * self.accumulate)
         current = None
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 current, batches = epoch, self.epoch(epoch)
-            mine = batches[position].reshape(self.world, self.accumulate, micro)[self.rank]
+            mine = batches[position].reshape(self.world, self.accumulate, micro_batch)[self.rank]
             for part in mine.tolist():
                 yield [(epoch, index) for index in part]
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
+
+
+class SameSizeBatchSampler(list):
+    """Batch sampler of detection: lists of indices of images that have the same size after resizing.
+
+    Without padding, results do not depend on the batch. Rank r of `world` gets every world-th batch.
+    """
+
+    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int, batch_size: int, rank: int,
+                 world: int):
+        shapes = [resized_shape(h, w, min_size, max_size) for h, w in dataset.sizes.tolist()]
+        batches = []
+        for i in sorted(range(len(dataset)), key=lambda i: shapes[i]):
+            if not batches or len(batches[-1]) == batch_size or shapes[batches[-1][0]] != shapes[i]:
+                batches.append([])
+            batches[-1].append(i)
+        super().__init__(batches[rank::world])

@@ -1,8 +1,11 @@
-"""Box arithmetic, losses and non-maximum suppression shared by the detectors.
+"""Boxes, anchors, losses, RoIAlign and non-maximum suppression: what two or more detectors share.
 
-Boxes are `(..., 4)` float (x1, y1, x2, y2) in pixels unless a name says otherwise; x2, y2 are the far edges,
-so a box is x2 - x1 wide (no "+1"). Everything here runs in float32, also under autocast: areas overflow
-float16.
+Boxes are (..., 4) float (x1, y1, x2, y2) in pixels unless a name says otherwise. x2 and y2 are the far edges:
+a box is x2 - x1 wide (no "+1"). Everything here runs in float32, also under autocast, because the area of a
+large box overflows float16.
+
+Letters: B images, C classes, D channels, H W feature height and width, L pyramid levels, P points over all
+levels, G gt objects, R RoIs, N and M any number of boxes.
 """
 import math
 from functools import cache
@@ -12,14 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_GROWTH = 1000 / 16  # of a decoded side over its anchor, lest exp overflows (Detectron)
-NMS_BLOCK = 256  # boxes the plain NMS decides together: enough for few rounds, not too many for the IoUs
+USE_TORCHVISION = True  # False: the plain forms of NMS and RoIAlign everywhere
+MAX_GROWTH = 1000 / 16  # of a decoded side over the anchor's at most, so that exp stays finite (Detectron)
+NMS_BLOCK = 256  # boxes that the plain NMS decides at once: more mean fewer rounds, but a larger IoU matrix
 
 
 # ---------------------------------------------------------------------------------------------- boxes
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Areas (...,) float32 of boxes (..., 4). An inverted box gets whatever the product says."""
+    """Areas (...,) float32 of boxes (..., 4). Inverted boxes are not treated apart."""
     boxes = boxes.float()
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
@@ -27,7 +31,8 @@ def box_area(boxes: Tensor) -> Tensor:
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of every box of one set with every box of another.
 
-    boxes1: (N, 4), boxes2: (M, 4), same unit. Returns (N, M) in [0, 1]; two boxes without area give NaN.
+    boxes1: (N, 4), boxes2: (M, 4), same unit; N and M may be 0.
+    Returns (N, M) in [0, 1]. The IoU of two boxes without area is NaN.
     """
     boxes1, boxes2 = boxes1.float(), boxes2.float()
     corner1 = torch.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
@@ -38,43 +43,18 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, height, width) -> Tensor:
-    """Boxes (..., 4) cut to [0, width] x [0, height]; height, width are numbers or 0-d tensors, px."""
+    """Boxes (..., 4) clipped to [0, width] x [0, height]; height, width: numbers or 0-d tensors, px."""
     x = boxes[..., 0::2].clamp(min=0).minimum(torch.as_tensor(width, dtype=boxes.dtype, device=boxes.device))
     y = boxes[..., 1::2].clamp(min=0).minimum(torch.as_tensor(height, dtype=boxes.dtype, device=boxes.device))
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
-@torch.no_grad()
-def match_anchors(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, foreground_iou: float,
-                  background_iou: float, usable: Tensor | None = None) -> Tensor:
-    """The object every anchor learns (Faster R-CNN, arXiv 1506.01497, Sec. 3.1.2).
-
-    An anchor takes the object it overlaps most, if with an IoU of at least foreground_iou, or if no anchor
-    overlaps that or another object more than it does. It is background below background_iou.
-
-    anchors (N, 4); gt_boxes (G, 4) px, gt_labels (G,) int64, < 0 for padding and crowds, which no anchor
-    sees; G may be 0. usable: (N,) bool; other anchors match nothing. Returns (N,) int64: object index,
-    -1 = background, -2 = neither.
-    """
-    # One more row, an object that overlaps nothing: G may be 0.
-    iou = F.pad(torch.where((gt_labels >= 0)[:, None], pairwise_iou(gt_boxes, anchors), 0.0), (0, 0, 0, 1))
-    if usable is not None:
-        iou = torch.where(usable, iou, 0.0)
-    best, index = iou.max(dim=0)
-    # DIFFERS: as in Detectron and torchvision, an anchor that is the best of some object keeps the object
-    # that it overlaps most itself. In mmdetection it changes to the former.
-    best_of_object = iou.amax(dim=1, keepdim=True)
-    low_quality = ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
-    match = torch.where(best < background_iou, -1, -2)
-    match = torch.where((best >= foreground_iou) | low_quality, index, match)
-    return match if usable is None else torch.where(usable, match, -2)
-
-
 def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Offsets of boxes from their anchors (R-CNN, arXiv 1311.2524, App. C).
+    """Deltas of boxes from their anchors (R-CNN, arXiv 1311.2524, App. C).
 
-    boxes, anchors: (..., 4) px, with area. Returns deltas (..., 4) float32: the shift of the centre in widths
-    and heights of the anchor, then the logarithm of the ratio of the sizes.
+    boxes, anchors: (..., 4) px, with positive width and height.
+    Returns (..., 4) float32: shift of the centre in x and y, in widths and heights of the anchor; then the
+    logarithm of the ratio of the widths and of the heights.
     """
     boxes, anchors = boxes.float(), anchors.float()
     size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
@@ -83,8 +63,10 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes (..., 4) px from deltas (..., 4) and anchors (..., 4) px: `encode_boxes` backwards. A side grows
-    at most MAX_GROWTH times."""
+    """Boxes from deltas and anchors: the inverse of `encode_boxes`.
+
+    deltas: (..., 4), anchors: (..., 4) px. A side grows at most MAX_GROWTH times. Returns (..., 4) float32 px.
+    """
     deltas, anchors = deltas.float(), anchors.float()
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     center = deltas[..., :2] * anchor_size + (anchors[..., :2] + anchor_size / 2)
@@ -92,25 +74,72 @@ def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat((center - half, center + half), dim=-1)
 
 
-def cell_corners(height: int, width: int, step_y: int, step_x: int, device=None) -> Tensor:
-    """Upper left corners (x * step_x, y * step_y) of the cells of a feature map.
+# ------------------------------------------------------------------------- points, anchors, predictions
+
+def grid_points(height: int, width: int, step_y: int, step_x: int, device=None) -> Tensor:
+    """Image position (x * step_x, y * step_y) of the upper left corner of every cell of a feature map.
 
     Returns (H*W, 2) float32 (x, y), pixels of the padded image, in the row-major order of
-    `feature.flatten(2)`.
+    `feature.flatten(2)`: targets and predictions meet only through this order.
     """
     x, y = torch.arange(width, device=device) * step_x, torch.arange(height, device=device) * step_y
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).float()
 
 
-def torchvision_corners(shapes: list[tuple[int, int]], stride: int, device=None) -> list[Tensor]:
-    """`cell_corners` of all levels as torchvision reckons them.
+def cell_anchors(sizes: Tensor, aspect_ratios: tuple[float, ...]) -> Tensor:
+    """Anchors of one cell, centred at the origin (Faster R-CNN, arXiv 1506.01497, Sec. 3.1.1).
 
-    Its cells lie image size // map size apart, which is less than the stride where the map's size was rounded
-    up. shapes: (height, width) of each level; stride of the first, which divides the image.
+    sizes: (S,) px, side of the square of the same area; aspect_ratios: T ratios height / width.
+    Returns (T, S, 4) float32 px.
     """
-    image_height, image_width = (side * stride for side in shapes[0])
-    return [cell_corners(height, width, image_height // height, image_width // width, device)
-            for height, width in shapes]
+    ratios = torch.tensor(aspect_ratios, device=sizes.device).sqrt()
+    width, height = (1 / ratios)[:, None] * sizes, ratios[:, None] * sizes
+    return torch.stack((-width, -height, width, height), dim=-1) / 2
+
+
+def place_anchors(anchors: Tensor, points: Tensor) -> Tensor:
+    """Copies of the anchors (A, 4) of one cell around every point (P, 2), px.
+
+    Returns (P * A, 4) px; the anchors of a point follow each other.
+    """
+    return (points.repeat(1, 2)[:, None] + anchors).reshape(-1, 4)
+
+
+def flatten_predictions(levels: list[Tensor], size: int) -> Tensor:
+    """Outputs of a predictor on all levels as one row per point, or per anchor.
+
+    levels: L x (B, A * size, H, W), with A predictions of `size` numbers in each cell.
+    Returns (B, P * A, size) float32, in the order of `grid_points` and `place_anchors`.
+    """
+    return torch.cat([level.permute(0, 2, 3, 1).reshape(len(level), -1, size) for level in levels],
+                     dim=1).float()
+
+
+@torch.no_grad()
+def match_anchors(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, foreground_iou: float,
+                  background_iou: float, valid: Tensor | None = None) -> Tensor:
+    """Assigns to every anchor an object, background, or neither (Faster R-CNN, Sec. 3.1.2).
+
+    An anchor is positive if its best IoU reaches foreground_iou, or if it is the best anchor of some object.
+    It learns the object that it overlaps most. Other anchors are background if their best IoU is below
+    background_iou.
+
+    anchors: (N, 4), gt_boxes: (G, 4), same unit; gt_labels: (G,) int64, < 0 for padding and crowds, which
+    match nothing. G may be 0. valid: (N,) bool; anchors that are not valid are neither.
+    Returns (N,) int64: index of the object, -1 = background, -2 = neither.
+    """
+    # The padded row stands for an object that overlaps nothing, because max needs a row when G is 0.
+    iou = F.pad(torch.where((gt_labels >= 0)[:, None], pairwise_iou(gt_boxes, anchors), 0.0), (0, 0, 0, 1))
+    if valid is not None:
+        iou = torch.where(valid, iou, 0.0)
+    best, index = iou.max(dim=0)
+    # DIFFERS: an anchor that is the best of some object still learns the object that it overlaps most itself,
+    # as in Detectron and torchvision. In mmdetection it changes to that object.
+    best_of_object = iou.amax(dim=1, keepdim=True)
+    low_quality = ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
+    match = torch.where(best < background_iou, -1, -2)
+    match = torch.where((best >= foreground_iou) | low_quality, index, match)
+    return match if valid is None else torch.where(valid, match, -2)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -118,15 +147,16 @@ def torchvision_corners(shapes: list[tuple[int, int]], stride: int, device=None)
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Focal loss of independent binary classifiers (RetinaNet, arXiv 1708.02002, Eq. 5), not reduced.
 
-    logits, targets: same shape; targets are 0 or 1. Returns that shape, float32: the caller weighs and sums.
+    logits, targets: same shape; targets are 0 or 1. Returns that shape, float32.
     """
     targets = targets.bool()
-    wrong = torch.where(targets, -logits, logits).float()  # logit of the other answer: of 1 - p_t
+    wrong = torch.where(targets, -logits, logits).float()  # logit of 1 - p_t, the wrong answer
     alpha_t = torch.where(targets, alpha, 1 - alpha)
-    return alpha_t * wrong.sigmoid() ** gamma * F.softplus(wrong)  # softplus: -log(p_t)
+    return alpha_t * wrong.sigmoid() ** gamma * F.softplus(wrong)  # softplus(wrong) = -log(p_t)
 
 
 def _intersection_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of matched boxes (..., 4); the union is at least eps."""
     boxes1, boxes2 = boxes1.float(), boxes2.float()
     corner1 = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     corner2 = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
@@ -138,7 +168,7 @@ def _intersection_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Ten
 def iou_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     """-ln(IoU) of matched boxes (UnitBox, arXiv 1608.01471), not reduced.
 
-    pred, target: (..., 4) in any one unit. Returns (...,) in [0, -ln(eps)]: the upper end for disjoint boxes.
+    pred, target: (..., 4) in any one unit. Returns (...,) in [0, -ln(eps)]; disjoint boxes have the maximum.
     """
     inter, union = _intersection_union(pred, target, eps)
     return -(inter / union).clamp(min=eps).log()
@@ -157,10 +187,10 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Average of a tensor over all ranks, without gradient; the tensor itself in a single process.
+    """Mean of a tensor over all ranks, without gradient; in a single process, the tensor itself.
 
-    DDP averages gradients over ranks. A loss that is a sum divided by the *mean* count of all ranks therefore
-    has the gradient of one process that holds the joined batch. Every rank must call this equally often.
+    DDP averages gradients over ranks. A loss that is a sum divided by the mean count of all ranks therefore
+    has the gradient of one process that holds the whole batch. Every rank must make the same calls.
     """
     value = value.detach()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -172,27 +202,29 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- RoIAlign
 
 def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
-    """Features of every box on a size x size grid (Mask R-CNN, arXiv 1703.06870, Sec. 3), half-pixel aligned.
+    """Features of every box on a size x size grid (Mask R-CNN, arXiv 1703.06870, Sec. 3).
 
-    A cell of the grid is the mean of ceil(cell height) x ceil(cell width) bilinear samples; samples more than
-    a pixel outside the map count as 0. features (B, D, H, W), boxes (B, R, 4) px of the image, scale: pixels
-    of the map per pixel of the image. Returns (B * R, D, size, size) float32. The result is that of
-    `torchvision.ops.roi_align(..., sampling_ratio=-1, aligned=True)`, which is called where it has a kernel.
+    Pixel centres lie at half pixels ("aligned"). A cell of the grid is the mean of
+    ceil(cell height) x ceil(cell width) bilinear samples. A sample more than a pixel outside the map counts
+    as 0. The result is that of `torchvision.ops.roi_align(..., sampling_ratio=-1, aligned=True)`, which does
+    the work where it has a kernel.
+
+    features: (B, D, H, W); boxes: (B, R, 4), pixels of the image; scale: map pixels per image pixel.
+    Returns (B * R, D, size, size) float32.
     """
     features, boxes = features.float(), boxes.float()
     torchvision_ops = _torchvision_ops(features.device.type)
     if torchvision_ops:
         return torchvision_ops.roi_align(features, list(boxes), size, scale, sampling_ratio=-1, aligned=True)
-    with torch.autocast(features.device.type, enabled=False):  # its products are of coordinates, too
+    with torch.autocast(features.device.type, enabled=False):  # autocast would round the coordinates, too
         return roi_align_plain(features, boxes, size, scale)
 
 
 def roi_align_plain(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
-    """`roi_align` in plain torch: runs on every device.
+    """`roi_align` in plain torch, for every device. No box may be larger than the map.
 
-    Bilinear interpolation and the mean over samples work on rows and columns apart, so a box is two matrices,
-    (size, H) and (size, W), and its grid is one product with the map from either side. A box must not be
-    longer than the map.
+    Bilinear interpolation and the mean over samples act on rows and columns separately. A box is therefore
+    two matrices, (size, H) and (size, W), and its grid is one product of the map with both.
     """
     x1, y1, x2, y2 = (boxes * scale - 0.5).unbind(-1)
     rows = _sampling_matrix(y1, y2, size, features.shape[2])  # (B, R, size, H)
@@ -202,7 +234,10 @@ def roi_align_plain(features: Tensor, boxes: Tensor, size: int, scale: float) ->
 
 
 def _sampling_matrix(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
-    """Weight (..., size, length) of the pixels of a line in `size` equal cells from start to end (...,)."""
+    """Weight of every pixel of a line in each of `size` equal cells between start and end.
+
+    start, end: (...,) px of the line; length: pixels of the line. Returns (..., size, length).
+    """
     cell = ((end - start) / size)[..., None, None]
     count = cell.ceil()  # samples per cell
     i = torch.arange(-(-length // size) + 1, device=start.device)
@@ -218,11 +253,13 @@ def _sampling_matrix(start: Tensor, end: Tensor, size: int, length: int) -> Tens
 # ------------------------------------------------------------------------- non-maximum suppression
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None = None) -> Tensor:
-    """Greedy non-maximum suppression: keep the best box, drop what overlaps it too much, repeat.
+    """Greedy non-maximum suppression: keep the best box, drop all that overlap it too much, repeat.
 
-    boxes: (N, 4) px, scores: (N,); N may be 0. "Too much" is an IoU above the threshold. Returns the kept
-    indices (M,) int64, best score first, the first `limit` of them; equal scores keep their input order. The
-    result is that of `torchvision.ops.nms`, which is called where that is better.
+    "Too much" is an IoU above iou_threshold. Equal scores keep their input order. The result is that of
+    `torchvision.ops.nms`, which does the work where it is the better one.
+
+    boxes: (N, 4) px, scores: (N,); N may be 0.
+    Returns indices (M,) int64 of the kept boxes, best score first, at most `limit` of them.
     """
     torchvision_ops = _torchvision_nms(boxes)
     if torchvision_ops:
@@ -232,14 +269,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None =
 
 def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float,
                 limit: int | None = None) -> Tensor:
-    """Class-wise `nms`: boxes suppress only boxes of their own class.
-
-    boxes: (N, 4) px, scores: (N,), labels: (N,) int64; N may be 0. Returns kept indices (M,), best score
-    first, the first `limit` of them.
-    """
+    """Class-wise `nms`: boxes suppress only boxes of their own class. labels: (N,) int64."""
     torchvision_ops = _torchvision_nms(boxes)
     if torchvision_ops:
-        if boxes.numel():  # it moves classes apart by an offset that supposes coordinates >= 0
+        if boxes.numel():  # torchvision separates classes by an offset that needs coordinates >= 0
             boxes = boxes.float() - boxes.float().min().clamp(max=0)
         return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)[:limit]
     return nms_plain(boxes, scores, iou_threshold, labels, limit)
@@ -247,11 +280,12 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
 
 def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None,
               limit: int | None = None) -> Tensor:
-    """`nms` (and `batched_nms`, given labels) in plain torch: runs on every device.
+    """`nms` in plain torch, for every device; with labels, `batched_nms`.
 
-    The sorted boxes are decided block by block. A block first loses what the boxes kept so far suppress.
-    Inside it "keep a box unless a kept better box overlaps it" is repeated until nothing changes: after round
-    k the first k boxes are final, so the fixed point is the greedy answer, and it is reached in a few rounds.
+    Boxes are sorted by score and decided in blocks of NMS_BLOCK. Boxes kept in earlier blocks first suppress
+    boxes of the block. Within it the rule "keep a box unless a better kept box overlaps it" is applied to all
+    boxes at once, until nothing changes. After round k the first k boxes are final, so the fixed point is the
+    greedy answer; usually a few rounds reach it.
     """
     order = scores.float().argsort(descending=True, stable=True)
     boxes, threshold = boxes.float()[order], float32_below(iou_threshold)
@@ -275,28 +309,34 @@ def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tenso
 
 
 def _torchvision_nms(boxes: Tensor):
-    """torchvision's kernels on a GPU, and in a graph, which the plain form's loop would break. On a CPU the
-    plain form is faster."""
+    """torchvision's operators where its NMS is the better one, else None.
+
+    On a GPU it is faster. In a compiled graph it is one operator, and the loop of the plain form would break
+    the graph. On a CPU the plain form is faster.
+    """
     return _torchvision_ops(boxes.device.type) if boxes.is_cuda or torch.compiler.is_compiling() else None
 
 
-@cache  # imported at the first call: it takes longer than torch itself
 def _torchvision_ops(device_type: str):
-    """torchvision's kernels, or None. Only a fast path: a CPU build of torch cannot load the registry's
-    torchvision, and on an NPU it falls back to the CPU, where the plain form stays on the device."""
-    if device_type not in ("cpu", "cuda"):
-        return None
+    """torchvision's operators where they have a kernel for the device, else None."""
+    # On an NPU torchvision falls back to the CPU, while the plain forms stay on the device.
+    return _import_torchvision_ops() if USE_TORCHVISION and device_type in ("cpu", "cuda") else None
+
+
+@cache  # at the first call, because importing torchvision takes longer than importing torch
+def _import_torchvision_ops():
+    """`torchvision.ops`, or None where it is absent or does not fit torch: then only speed is lost."""
     try:
         import torchvision.ops
-    except Exception:  # a torch / torchvision mismatch raises RuntimeError, not ImportError
+    except Exception:  # a torchvision made for another torch raises RuntimeError, not ImportError
         return None
     return torchvision.ops
 
 
 def float32_below(value: float) -> float:
     """The largest float32 that is not above the value."""
-    # torchvision compares a float32 IoU with a double threshold; torch rounds the threshold to float32 first.
-    # With this number ">" decides alike (IoU of exactly 3/5 against 0.6).
+    # torchvision compares a float32 IoU with a float64 threshold, while torch rounds the threshold to float32
+    # first. With this number ">" gives torchvision's answer, e.g. for an IoU of exactly 3/5 against 0.6.
     rounded = torch.tensor(value, dtype=torch.float32)
     if rounded.item() > value:
         rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
@@ -305,24 +345,22 @@ def float32_below(value: float) -> float:
 
 # ---------------------------------------------------------------------------------------------- detections
 
-def best_pairs(scores: Tensor, level_sizes: list[int], top_k: int,
-               score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a one-stage detector hands on to NMS: per level the `top_k` (point, class) pairs with the best
-    score.
+def topk_candidates(scores: Tensor, level_sizes: list[int], top_k: int,
+                    score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates of a one-stage detector for NMS: the top_k best (point, class) pairs of every level.
 
-    scores: (P, C) of one image, level by level; level_sizes: L numbers that add up to P. Returns point
-    index (M,) int64, label (M,) int64, score (M,), 0 where it is not above the threshold: M is the same for
-    all images of a size.
+    scores: (P, C) of one image, level by level; level_sizes: L point counts that add up to P.
+    Returns index of the point (M,) int64, label (M,) int64, score (M,), which is 0 unless it is above the
+    threshold. M depends on shapes alone.
     """
-    # DIFFERS: mmdetection 3.x's choice. mmdetection 2.x keeps the points with the best class and all classes
-    # of each; its FCOS and AdelaiDet rank by the product with centerness.
+    # DIFFERS: as in mmdetection 3.x. mmdetection 2.x keeps the points with the best class score and all
+    # classes of each. Its FCOS and AdelaiDet sort by the product with centerness.
     num_classes = scores.shape[-1]
-    kept = []
-    first = 0
+    kept, offset = [], 0
     for size in level_sizes:
-        pair = scores[first:first + size].flatten().topk(min(top_k, size * num_classes)).indices
-        kept.append(pair + first * num_classes)
-        first += size
+        pair = scores[offset:offset + size].flatten().topk(min(top_k, size * num_classes)).indices
+        kept.append(pair + offset * num_classes)
+        offset += size
     pair = torch.cat(kept)
     point, label = pair // num_classes, pair % num_classes
     best = scores[point, label]
@@ -330,21 +368,21 @@ def best_pairs(scores: Tensor, level_sizes: list[int], top_k: int,
 
 
 def clip_candidates(boxes: Tensor, scores: Tensor, height, width) -> tuple[Tensor, Tensor]:
-    """Boxes (M, 4) cut to the image of height, width px; scores (M,), 0 for a box that is empty then."""
+    """Boxes (M, 4) px clipped to the image, and scores (M,), 0 for boxes without area after that."""
     boxes = clip_boxes(boxes, height, width)
     return boxes, torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1), scores, 0.0)
 
 
 def final_detections(boxes: Tensor, scores: Tensor, labels: Tensor, height, width, nms_threshold: float,
                      count: int) -> dict[str, Tensor]:
-    """Candidates (M, 4) px, (M,), (M,) of one image, clipped to it, without empty boxes and those of score 0,
-    after class-wise NMS: the `count` best.
+    """Detections of one image from its candidates: clipping, class-wise NMS, the `count` best.
 
-    height, width: of the image without padding. Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64},
-    best first; N may be 0.
+    boxes: (M, 4) px, scores: (M,), 0 = no candidate, labels: (M,) int64; M may be 0. height, width: size of
+    the image without padding.
+    Returns {"boxes" (N, 4), "scores" (N,), "labels" (N,) int64}, best score first; N may be 0.
     """
     boxes, scores = clip_candidates(boxes, scores, height, width)
-    usable = scores > 0
-    boxes, scores, labels = boxes[usable], scores[usable], labels[usable]
+    valid = scores > 0
+    boxes, scores, labels = boxes[valid], scores[valid], labels[valid]
     keep = batched_nms(boxes, scores, labels, nms_threshold, count)
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}

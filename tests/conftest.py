@@ -1,24 +1,27 @@
-"""Paths and small inputs that several test files share."""
+"""Paths, data and ways to run a script that several test files share."""
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PROGRAMS = Path(__file__).parent / "programs"
 SHARED = Path(os.environ.get("DETECTION_SHARED", ROOT.parent / "shared"))
 DATA = Path(os.environ.get("DETECTION_DATA", SHARED / "data"))
 sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
+from runtime import run_main  # noqa: E402
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def coco_mini() -> Path:
     return _data("coco-mini")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bccd() -> Path:
     return _data("bccd")
 
@@ -29,6 +32,20 @@ def _data(name: str) -> Path:
     return DATA / name
 
 
+# ---------------------------------------------------------------------------- scripts
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Runs a script's main() in this process, in a fresh folder; gives what it printed."""
+    def run(main, *words) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+    return run
+
+
 @pytest.fixture
 def mistake(tmp_path, monkeypatch, capsys):
     """Runs a script's main() in this process, in a fresh folder; gives the line with which it stops."""
@@ -36,22 +53,53 @@ def mistake(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            evaluate.run_script(main)
+            run_main(main)
         return stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     return run
 
 
+def environment(threads: int = 1, **more) -> dict:
+    """Variables of a process that a test starts: no GPU, output line by line."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONUNBUFFERED": "1", **more}
+
+
+def torchrun(ranks: int) -> tuple:
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else ()
+
+
 @pytest.fixture
 def script(tmp_path):
-    """Runs a command line of the repository in a fresh folder; gives (exit code, stdout, stderr)."""
-    def run(*words, ranks: int = 1, timeout: int = 300, env: dict | None = None):
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [str(ROOT / words[0]), *map(str, words[1:])]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, 2 // ranks)), "CUDA_VISIBLE_DEVICES": "",
-                       **(env or {})}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                              timeout=timeout)
+    """Runs a script of the repository as a process in a fresh folder; gives (exit code, stdout, stderr)."""
+    def run(*words, ranks: int = 1, timeout: int = 300):
+        command = [sys.executable, *torchrun(ranks), str(ROOT / words[0]), *map(str, words[1:])]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(max(1, 2 // ranks)), capture_output=True,
+                              text=True, timeout=timeout)
         return done.returncode, done.stdout, done.stderr
     return run
+
+
+@pytest.fixture
+def background():
+    """Starts a script in the background in a process group of its own; kills what is left at the end."""
+    started = []
+
+    def start(folder, *words, launcher=(), **more) -> subprocess.Popen:
+        command = [sys.executable, *launcher, str(ROOT / words[0]), *map(str, words[1:])]
+        run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True, env=environment(**more))
+        started.append(run)
+        return run
+    yield start
+    for run in started:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+
+
+def wait_for(run: subprocess.Popen, start_of_line: str) -> str:
+    """The first line of a background script that starts so."""
+    deadline = time.monotonic() + 120
+    while not (line := run.stdout.readline()).startswith(start_of_line):
+        assert (line or run.poll() is None) and time.monotonic() < deadline, f"ended before {start_of_line!r}"
+    return line

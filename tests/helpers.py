@@ -1,4 +1,4 @@
-"""What the tests of several detectors share: recorded pictures and weights, small batches, checkers."""
+"""What the tests of several detectors share: recorded images and weights, small batches, checks."""
 import json
 import math
 import sys
@@ -13,21 +13,21 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import rules  # noqa: E402
 
-BATCHES = {"b01": [0, 1], "b02": [0, 2], "b1": [1]}  # pictures of the golden batches
+BATCHES = {"b01": [0, 1], "b02": [0, 2], "b1": [1]}  # indices of the golden images in each batch
 
 
 # ---------------------------------------------------------------------------- recorded numbers
 
-def golden_batch(pictures):
-    """The golden pictures and objects under our tensor contract (RGB, crowds labelled -2)."""
+def golden_batch(indices):
+    """The golden images and objects under our tensor contract (RGB, crowds labelled -2)."""
     images, gts = rules.images(), rules.gts()
-    shape = np.max([images[i].shape[:2] for i in pictures], axis=0)
+    shape = np.max([images[i].shape[:2] for i in indices], axis=0)
     height, width = (-(-shape // 32) * 32).tolist()
-    most = max(len(gts[i][0]) + len(gts[i][2]) for i in pictures)
-    batch = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
-    sizes = torch.zeros(len(pictures), 2, dtype=torch.int64)
-    boxes, labels = torch.zeros(len(pictures), most, 4), torch.full((len(pictures), most), -1)
-    for n, i in enumerate(pictures):
+    most = max(len(gts[i][0]) + len(gts[i][2]) for i in indices)
+    batch = torch.zeros(len(indices), 3, height, width, dtype=torch.uint8)
+    sizes = torch.zeros(len(indices), 2, dtype=torch.int64)
+    boxes, labels = torch.zeros(len(indices), most, 4), torch.full((len(indices), most), -1)
+    for n, i in enumerate(indices):
         h, w = images[i].shape[:2]
         batch[n, :, :h, :w] = torch.from_numpy(images[i][:, :, ::-1].copy()).permute(2, 0, 1)
         sizes[n] = torch.tensor([h, w])
@@ -89,7 +89,7 @@ def level_major(images, level_sizes):
 
 
 def assert_golden_detections(model, arrays, case):
-    """Detections of the recorded pictures: as many, each matched by label, box and score."""
+    """Detections of the recorded images: the same number, each matched by label, box and score."""
     model.eval()
     for i in range(3):
         if f"{case}/img{i}/boxes" not in arrays:

@@ -38,7 +38,7 @@ def filled(model):
     return model.eval()
 
 
-def picture(height, width, divisor=32):
+def picture(height, width, size_divisor=32):
     """A smooth random picture (3, height, width) uint8, and the batch it makes."""
     coarse = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(1)) * 255
     image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].to(torch.uint8)
@@ -52,9 +52,9 @@ def picture(height, width, divisor=32):
 def assert_same_detections(ours, other):
     for model in (ours, other):
         model.score_threshold, model.post_nms_top_k = 0.01, (100, 30)  # the latter: two-stage detectors only
-    _, batch, sizes = picture(160, 200, ours.divisor)
+    _, batch, sizes = picture(160, 200, ours.size_divisor)
     one, two = ours(batch, sizes)[0], other(batch, sizes)[0]
-    assert len(one["scores"]) > 5, "nothing is compared"
+    assert len(one["scores"]) > 5, "nothing is report_ratios"
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-3)
 

@@ -1,3 +1,4 @@
+"""data.py: layouts and what can be wrong with them, images, batches."""
 import json
 import pickle
 import shutil
@@ -8,7 +9,22 @@ import torch
 from PIL import Image
 
 import data
-from data import CROWD, PADDING, DataError, TrainSamples, collate, load_sample, open_dataset, resized_shape
+from data import (
+    CROWD,
+    PADDING,
+    DataError,
+    DetectionDataset,
+    SameSizeBatchSampler,
+    TrainBatchSampler,
+    TrainSamples,
+    collate,
+    image_folder,
+    layout,
+    load_sample,
+    open_folder,
+    resized_shape,
+)
+from shapes import open_dataset
 
 
 @pytest.fixture
@@ -36,11 +52,40 @@ def coco(tmp_path):
         return str(tmp_path)
     return write
 
+# ---------------------------------------------------------------------------- dataset
+
+def test_a_dataset_finds_its_boxes_images_and_labels():
+    boxes = [[0, 0, 4, 2], [1, 1, 3, 9], [2, 2, 5, 5], [0, 0, 1, 1]]
+    dataset = DetectionDataset(["cat", "dog"], [90, 5], image_ids=["x", "y", "z"], paths=["x.jpg"] * 3,
+                               sizes=[(9, 9)] * 3, boxes=boxes, classes=[1, 0, 0, 1],
+                               image_index=[2, 0, 2, 0])
+    assert [dataset.box_slice(i) for i in range(3)] == [slice(0, 2), slice(2, 2), slice(2, 4)]
+    assert dataset.boxes[dataset.box_slice(0)].tolist() == [boxes[1], boxes[3]]  # in their order
+    assert dataset.classes[dataset.box_slice(2)].tolist() == [1, 0]
+    assert dataset.box_image.tolist() == [0, 0, 2, 2] and dataset.annotation_order.tolist() == [1, 3, 0, 2]
+    assert dataset.areas.tolist() == [16, 1, 8, 9]  # of the boxes, because no others are given
+    assert not dataset.crowd.any() and not dataset.difficult.any() and not dataset.voc
+    assert dataset.index_of_image() == {"x": 0, "y": 1, "z": 2}
+    assert dataset.label_of_category() == {90: 0, 5: 1} and dataset.max_objects() == 2
+    empty = DetectionDataset(["cat"], [1], image_ids=[7], paths=["x.jpg"], sizes=[(9, 9)], boxes=[],
+                             classes=[], image_index=[])
+    assert empty.max_objects() == 1 and empty.box_slice(0) == slice(0, 0) and len(empty.non_empty()) == 0
+    assert empty.objects(0)[0].shape == (0, 4) and "1 images (1 without boxes), 0 boxes" in empty.table()
+
+
+def test_a_dataset_holds_arrays_not_python_objects(coco):
+    # Forked loader processes copy every Python object that they touch; arrays stay shared.
+    dataset = open_folder(coco(), "train2017")
+    for name in ("image_ids", "paths", "sizes", "boxes", "classes", "areas", "crowd", "difficult",
+                 "annotation_order", "box_offsets"):
+        assert isinstance(getattr(dataset, name), np.ndarray) and getattr(dataset, name).dtype != object
+    assert len(pickle.dumps(dataset)) < 4000
+
 
 # ---------------------------------------------------------------------------- COCO
 
 def test_coco_boxes_classes_and_ids(coco):
-    dataset = open_dataset(coco(), "train2017")
+    dataset = open_folder(coco(), "train2017")
     assert dataset.names == ["cat", "dog"] and dataset.category_ids == [5, 90]
     assert dataset.image_ids.tolist() == [7, 3, 9]
     boxes, labels = dataset.objects(0)
@@ -52,8 +97,8 @@ def test_coco_boxes_classes_and_ids(coco):
     assert "dog" in dataset.table() and "3 images (1 without boxes), 3 boxes (1 crowds" in dataset.table()
 
 
-BROKEN = {  # change of the json: what the message must name
-    "lacks bbox": (lambda c: c["annotations"][0].pop("bbox"), ["bbox", "'id': 1"]),
+BROKEN = {  # case: (change of the json, what the message must name)
+    "lacks bbox": (lambda c: c["annotations"][0].pop("bbox"), ["valid bbox", "'id': 1"]),
     "unknown category": (lambda c: c["annotations"][0].update(category_id=4),
                          ["annotation 1", "image 3", "category 4"]),
     "no such image": (lambda c: c["annotations"][1].update(image_id=77), ["annotation 2", "image 77"]),
@@ -61,7 +106,7 @@ BROKEN = {  # change of the json: what the message must name
     "duplicate image": (lambda c: c["images"][1].update(id=7), ["image id 7", "2 times"]),
     "duplicate category": (lambda c: c["categories"][1].update(id=5), ["category id 5"]),
     "category id as text": (lambda c: c["annotations"][0].update(category_id="5"), ["unknown category '5'"]),
-    "class name as number": (lambda c: c["categories"][0].update(name=1), ["name missing or of a wrong"]),
+    "class name as number": (lambda c: c["categories"][0].update(name=1), ["lacks a valid name"]),
     "iscrowd as text": (lambda c: c["annotations"][0].update(iscrowd="0"), ["tion 1", "iscrowd is '0'"]),
     "mixed image ids": (lambda c: c["images"][2].update(id="9"), ["all text or all numbers"]),
     "bbox of three": (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ["annotation 1", "[1, 2, 3]"]),
@@ -70,16 +115,16 @@ BROKEN = {  # change of the json: what the message must name
     "image of no size": (lambda c: c["images"][0].update(width=0), ["image 7", "width 0"]),
     "no categories": (lambda c: c.update(categories=[]), ["0 categories"]),
     "not COCO": (lambda c: c.pop("annotations"), ["not a COCO annotation file", "'annotations'"]),
-    "missing picture": (lambda c: c["images"][2].update(file_name="x.jpg"),
+    "missing image file": (lambda c: c["images"][2].update(file_name="x.jpg"),
                         ["x.jpg does not exist", "1 of 3"]),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_structural_errors_stop_and_name_the_culprit(coco, case):
+def test_structural_errors_stop_and_name_the_annotation(coco, case):
     change, words = BROKEN[case]
     with pytest.raises(DataError) as error:
-        open_dataset(coco(change), "train2017")
+        open_folder(coco(change), "train2017")
     for word in ["instances_train2017.json", *words]:
         assert word in str(error.value)
 
@@ -88,58 +133,62 @@ def test_structural_errors_stop_and_name_the_culprit(coco, case):
     ([5, 5, -3, 4], "no area"), ([5, 5, 0, 4], "no area"), ([float("nan"), 5, 3, 4], "not finite"),
     ([5, 5, float("inf"), 4], "not finite"), ([50, 5, 3, 4], "outside its 40 x 30"),
     ([-9, 5, 9, 4], "outside")])
-def test_unusable_boxes_are_named_counted_and_left_out(coco, bbox, why):
-    dataset = open_dataset(coco(lambda c: c["annotations"][1].update(bbox=bbox)), "train2017")
+def test_invalid_boxes_are_named_counted_and_left_out(coco, bbox, why):
+    dataset = open_folder(coco(lambda c: c["annotations"][1].update(bbox=bbox)), "train2017")
     assert len(dataset.boxes) == 2 and dataset.objects(0)[1].tolist() == [CROWD]
     named, summary = dataset.notes
     assert "instances_train2017.json: image 7, annotation 2" in named and str(bbox) in named and why in named
-    assert summary == "left out 1 unusable boxes of 3, in training and in scoring"
+    assert summary == "left out 1 invalid boxes of 3, in training and in scoring"
 
 
-def test_a_long_list_of_unusable_boxes_is_cut(coco):
+def test_a_long_list_of_invalid_boxes_is_cut(coco):
     def change(content):
         content["annotations"] += [{"id": 100 + i, "image_id": 7, "category_id": 5, "bbox": [0, 0, 0, 0]}
                                    for i in range(25)]
-    notes = open_dataset(coco(change), "train2017").notes
+    notes = open_folder(coco(change), "train2017").notes
     assert len(notes) == data.LISTED_PROBLEMS + 2
-    assert notes[-2] == "... and 15 more" and notes[-1].startswith("left out 25 unusable boxes of 28")
+    assert notes[-2] == "... and 15 more" and notes[-1].startswith("left out 25 invalid boxes of 28")
 
 
 def test_annotation_id_0_is_named(coco):
-    notes = open_dataset(coco(lambda c: c["annotations"][1].update(id=0)), "train2017").notes
+    notes = open_folder(coco(lambda c: c["annotations"][1].update(id=0)), "train2017").notes
     assert len(notes) == 1 and "annotation id 0 (image 7)" in notes[0]
 
 
-def test_boxes_over_the_border_are_cut_and_tiny_ones_not_trained_on(coco):
+def test_boxes_over_the_border_are_clipped_and_tiny_ones_not_trained_on(coco):
     def change(content):
         content["annotations"][0]["bbox"] = [20, 2, 30, 20]
         content["annotations"][1]["bbox"] = [3, 3, 0.5, 9]
-    dataset = open_dataset(coco(change), "train2017")
+    dataset = open_folder(coco(change), "train2017")
     assert dataset.objects(1)[0].tolist() == [[20, 2, 30, 22]]
     assert dataset.boxes[2].tolist() == [20, 2, 50, 22]  # scored as annotated
     assert dataset.objects(0)[1].tolist() == [CROWD]
-    assert "reach over the border" in dataset.notes[0] and "under 1 px" in dataset.notes[1]
+    assert "1 boxes reach over the border" in dataset.notes[0] and "annotation 1," in dataset.notes[0]
+    assert "1 boxes are under 1 px" in dataset.notes[1] and "annotation 2," in dataset.notes[1]
 
 
 def test_splits_are_joined(coco, tmp_path):
     root = coco(lambda c: c.update(images=c["images"][:2]))
     shutil.copytree(tmp_path / "train2017", tmp_path / "val2014")
     coco(lambda c: c.update(images=c["images"][2:], annotations=[]), "instances_valminusminival2014.json")
-    dataset = open_dataset(root, "train2017+valminusminival2014")
+    dataset = open_folder(root, "train2017+valminusminival2014")
     assert dataset.image_ids.tolist() == [7, 3, 9]
     assert dataset.paths[2].decode() == str(tmp_path / "val2014" / "c.jpg")
     coco(lambda c: None, "instances_valminusminival2014.json")
     with pytest.raises(DataError, match="image id 7 occurs 2 times"):
-        open_dataset(root, "train2017+valminusminival2014")
+        open_folder(root, "train2017+valminusminival2014")
+    coco(lambda c: c["categories"][0].update(name="cow"), "instances_valminusminival2014.json")
+    with pytest.raises(DataError, match="instances_valminusminival2014.json: its categories differ"):
+        open_folder(root, "train2017+valminusminival2014")
 
 
 def test_a_file_and_a_folder_named_directly(coco, tmp_path):
     coco()
     json_path = tmp_path / "annotations" / "instances_train2017.json"
-    dataset = open_dataset("anything", "any", str(json_path), str(tmp_path / "train2017"))
+    dataset = open_folder("anything", "any", str(json_path), str(tmp_path / "train2017"))
     assert len(dataset) == 3 and dataset.image(0).size == (40, 30)
     with pytest.raises(DataError, match="belong together"):
-        open_dataset("anything", "any", str(json_path))
+        open_folder("anything", "any", str(json_path))
 
 
 def test_names_of_any_alphabet_a_byte_order_mark_and_the_current_folder(coco, tmp_path, monkeypatch):
@@ -147,39 +196,39 @@ def test_names_of_any_alphabet_a_byte_order_mark_and_the_current_folder(coco, tm
     (tmp_path / "train2017" / "a.jpg").rename(tmp_path / "train2017" / "bär.jpg")
     path = tmp_path / "annotations" / "instances_train2017.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert open_dataset(root, "train2017").image(0).size == (40, 30)
+    assert open_folder(root, "train2017").image(0).size == (40, 30)
     monkeypatch.chdir(tmp_path / "train2017")
-    assert len(open_dataset("", "", str(path), ".")) == 3
+    assert len(open_folder("", "", str(path), ".")) == 3
 
 
 def test_classes_follow_the_model_by_name(coco):
     root = coco()
-    dataset = open_dataset(root, "train2017", names=["dog", "cat"])
+    dataset = open_folder(root, "train2017", names=["dog", "cat"])
     assert dataset.category_ids == [90, 5] and dataset.objects(1)[1].tolist() == [0]
     with pytest.raises(DataError, match="only in the file .'cat'., only in the model .'cow'."):
-        open_dataset(root, "train2017", names=["dog", "cow"])
+        open_folder(root, "train2017", names=["dog", "cow"])
 
 
 def test_missing_places_are_named(coco, tmp_path):
     root = coco()
+    assert layout(root) == "coco"
     for arguments, words in (((str(tmp_path / "no"), "x"), "no does not exist"),
                              ((root, "val2017"), "instances_val2017.json does not exist"),
-                             ((str(tmp_path / "train2017"), "x"), "neither COCO layout .* nor VOC"),
-                             (("shapes", "test"), "splits train, val")):
+                             ((str(tmp_path / "train2017"), "x"), "neither COCO layout .* nor VOC")):
         with pytest.raises(DataError, match=words):
-            open_dataset(*arguments)
+            open_folder(*arguments)
     shutil.rmtree(tmp_path / "train2017")
     with pytest.raises(DataError, match="train2017 does not exist: 3 of 3 images"):
-        open_dataset(root, "train2017")
+        open_folder(root, "train2017")
     (tmp_path / "annotations" / "instances_train2017.json").write_text("{")
     with pytest.raises(DataError, match="instances_train2017.json: not JSON"):
-        open_dataset(root, "train2017")
+        open_folder(root, "train2017")
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_outlines_are_passed_over(coco, tmp_path, indent):
+def test_segmentation_outlines_are_skipped(coco, tmp_path, indent):
     root, path = coco(), tmp_path / "annotations" / "instances_train2017.json"
-    plain = open_dataset(root, "train2017")
+    plain = open_folder(root, "train2017")
     content = json.loads(path.read_text())
     outlines = [[[1.5, 2, -3e-1, 4e+20], [5, 6]], {"counts": "0[1]2", "size": [3, 4]}, "a {n} odd one"]
     for i, annotation in enumerate(content["annotations"]):
@@ -187,16 +236,16 @@ def test_outlines_are_passed_over(coco, tmp_path, indent):
         content["annotations"][i] = outline | annotation if i % 2 else annotation | outline
     content["categories"][0]["note"] = 'the "segmentation": [1, 2'
     path.write_text("\ufeff" + json.dumps(content, indent=indent), encoding="utf-8")
-    again = open_dataset(root, "train2017")
+    again = open_folder(root, "train2017")
     assert np.array_equal(again.boxes, plain.boxes) and np.array_equal(again.areas, plain.areas)
     text = path.read_text(encoding="utf-8")
     path.write_text(text + "]")
-    with pytest.raises(DataError, match=f"Extra data: .*char {len(text) - 1}"):  # without the mark
-        open_dataset(root, "train2017")
+    with pytest.raises(DataError, match=f"Extra data: .*char {len(text) - 1}"):  # the mark does not count
+        open_folder(root, "train2017")
 
 
 def test_real_coco(coco_mini):
-    dataset = open_dataset(str(coco_mini), "train2017")
+    dataset = open_folder(str(coco_mini), "train2017")
     assert len(dataset) == 111 and len(dataset.names) == 80 and dataset.names[0] == "person"
     assert dataset.category_ids[-1] == 90 and dataset.crowd.sum() == 12 and len(dataset.non_empty()) <= 109
     sample = load_sample(dataset, 0, 800, 1333)
@@ -213,7 +262,7 @@ VOC_OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}<
 
 @pytest.fixture
 def voc(tmp_path):
-    """A VOC tree of two pictures, 000001 with the objects given and 000002 with none."""
+    """A VOC tree of two images, 000001 with the given objects and 000002 without any."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / "VOC2007" / folder).mkdir(parents=True)
 
@@ -229,19 +278,21 @@ def voc(tmp_path):
 
 
 def test_voc_counts_pixels_from_one(voc):
-    dataset = open_dataset(voc(("dog", 0, 1, 1, 40, 30), ("cat", 1, 11, 6, 20, 15)), "2007_trainval")
+    root = voc(("dog", 0, 1, 1, 40, 30), ("cat", 1, 11, 6, 20, 15))
+    dataset = open_folder(root, "2007_trainval")
+    assert layout(root) == "voc"
     assert dataset.names == list(data.VOC_CLASSES) and dataset.voc
-    assert dataset.boxes.tolist() == [[0, 0, 40, 30], [10, 5, 20, 15]]  # the first covers the 40 x 30 picture
+    assert dataset.boxes.tolist() == [[0, 0, 40, 30], [10, 5, 20, 15]]  # the first covers the 40 x 30 image
     assert dataset.objects(0)[1].tolist() == [data.VOC_CLASSES.index("dog")]
     assert len(dataset.objects(0, use_difficult=True)[1]) == 2
     assert dataset.image_ids.tolist() == ["000001", "000002"]
 
 
-def test_voc_own_classes_and_size_from_the_picture(voc):
-    dataset = open_dataset(voc(("zebra", 0, 2, 2, 9, 9), ("ant", 0, 2, 2, 9, 9), width=0), "2007_trainval")
+def test_voc_with_classes_of_its_own_and_sizes_from_the_images(voc):
+    dataset = open_folder(voc(("zebra", 0, 2, 2, 9, 9), ("ant", 0, 2, 2, 9, 9), width=0), "2007_trainval")
     assert dataset.names == ["ant", "zebra"] and dataset.sizes.tolist() == [[30, 40], [30, 40]]
-    with pytest.raises(DataError, match="000001.xml: unknown class 'zebra'"):
-        open_dataset(voc(("zebra", 0, 2, 2, 9, 9)), "2007_trainval", names=["ant"])
+    with pytest.raises(DataError, match=r"000001.xml: object 1 \(zebra\), .*: unknown class; .* knows ant"):
+        open_folder(voc(("zebra", 0, 2, 2, 9, 9)), "2007_trainval", names=["ant"])
 
 
 def test_voc_names_with_spaces_and_other_suffixes(voc, tmp_path):
@@ -253,37 +304,49 @@ def test_voc_names_with_spaces_and_other_suffixes(voc, tmp_path):
     text = xml.read_text().replace("<size>", "<filename>my dog.PNG</filename><size>")
     xml.write_text(text.replace("40", "40.0"))
     (base / "ImageSets" / "Main" / "dog_trainval.txt").write_text("000001  1\nmy dog -1\n")
-    dataset = open_dataset(root, "2007_dog_trainval")
+    dataset = open_folder(root, "2007_dog_trainval")
     assert dataset.image_ids.tolist() == ["000001", "my dog"] and dataset.image(1).size == (40, 30)
 
 
 def test_voc_mistakes_are_named(voc, tmp_path):
-    dataset = open_dataset(voc(("dog", 0, 9, 9, 9, 20), ("dog", 0, 9, 9, 5, 20), ("dog", 0, 2, 2, 9, 9)),
+    dataset = open_folder(voc(("dog", 0, 9, 9, 9, 20), ("dog", 0, 9, 9, 5, 20), ("dog", 0, 2, 2, 9, 9)),
                            "2007_trainval")
     assert (len(dataset.boxes) == 1
             and "000001.xml: object 1 (dog), bndbox [9.0, 9.0, 9.0, 20.0]" in dataset.notes[0])
     with pytest.raises(DataError, match="YEAR_SPLIT"):
-        open_dataset(str(tmp_path), "trainval")
+        open_folder(str(tmp_path), "trainval")
     base = tmp_path / "VOC2007"
     (base / "Annotations" / "000001.xml").write_text(
         "<annotation><object><name>dog</name></object></annotation>")
     with pytest.raises(DataError, match="000001.xml: not a VOC annotation"):
-        open_dataset(str(tmp_path), "2007_trainval")
+        open_folder(str(tmp_path), "2007_trainval")
     (base / "Annotations" / "000001.xml").write_text("<annotation>")
     with pytest.raises(DataError, match="000001.xml: not XML"):
-        open_dataset(str(tmp_path), "2007_trainval")
+        open_folder(str(tmp_path), "2007_trainval")
     (base / "Annotations" / "000001.xml").unlink()
     with pytest.raises(DataError, match="000001.xml does not exist"):
-        open_dataset(str(tmp_path), "2007_trainval")
+        open_folder(str(tmp_path), "2007_trainval")
 
 
 def test_real_voc_with_its_two_broken_rows(bccd):
-    dataset = open_dataset(str(bccd), "2007_trainval")
+    dataset = open_folder(str(bccd), "2007_trainval")
     assert dataset.names == ["Platelets", "RBC", "WBC"] and len(dataset) == 292
-    assert dataset.notes[-1] == "left out 2 unusable boxes of 3943, in training and in scoring"
+    assert dataset.notes[-1] == "left out 2 invalid boxes of 3943, in training and in scoring"
 
 
-# ---------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------- images
+
+def test_a_folder_of_images_is_a_dataset_without_boxes(tmp_path):
+    for name, size in (("b.PNG", (8, 6)), ("a.jpg", (5, 7))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    dataset = image_folder(tmp_path, ["cat"], [7])
+    assert dataset.image_ids.tolist() == ["a.jpg", "b.PNG"] and dataset.sizes.tolist() == [[7, 5], [6, 8]]
+    assert dataset.boxes.shape == (0, 4) and dataset.image(1).size == (8, 6)
+    assert image_folder(tmp_path / "a.jpg", ["cat"], [7]).image_ids.tolist() == ["a.jpg"]
+    with pytest.raises(DataError, match="no images"):
+        image_folder(tmp_path / "nowhere", ["cat"], [7])
+
 
 def test_every_mode_becomes_rgb(tmp_path):
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
@@ -305,16 +368,16 @@ def test_exif_orientation_is_applied_and_compared_with_the_annotation(coco, tmp_
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (40, 30), "grey").save(tmp_path / "train2017" / "b.jpg", exif=exif)
-    dataset = open_dataset(coco(), "train2017")
+    dataset = open_folder(coco(), "train2017")
     assert dataset.image(1).size == (30, 40)
     Image.new("RGB", (30, 40), "grey").save(tmp_path / "train2017" / "b.jpg", exif=exif)
     for shrink in (1, 4):
-        with pytest.raises(DataError, match="b.jpg: the picture is 40 x 30 .* says 30 x 40"):
+        with pytest.raises(DataError, match="b.jpg: the image is 40 x 30 .* says 30 x 40"):
             dataset.image(1, shrink)
 
 
 def test_a_large_jpeg_is_decoded_smaller_but_not_too_small(coco_mini, tmp_path):
-    dataset = open_dataset(str(coco_mini), "val2017")
+    dataset = open_folder(str(coco_mini), "val2017")
     index = int(np.flatnonzero((dataset.sizes == (480, 640)).all(axis=1))[0])
     for shrink, expected in ((1, (640, 480)), (1.99, (640, 480)), (2, (320, 240)), (3.99, (320, 240)),
                              (4.5, (160, 120))):
@@ -330,26 +393,36 @@ def test_a_large_jpeg_is_decoded_smaller_but_not_too_small(coco_mini, tmp_path):
     assert sample["image"].shape == (100, 133, 3) and sample["original_size"] == (480, 640)
 
 
-def test_a_picture_decoded_smaller_stays_under_its_boxes(tmp_path):
+def test_an_image_decoded_smaller_stays_under_its_boxes(tmp_path):
     for width, height, part in ((1000, 776, 8), (1002, 778, 2), (1001, 777, 1)):
-        picture = np.zeros((height, width, 3), np.uint8)
-        picture[700:760, 900:960] = 255
-        Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95)
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[700:760, 900:960] = 255
+        Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
         image = data.read_image(str(tmp_path / "a.jpg"), (height, width), 8)
         assert image.size == (width // part, height // part)
         small = data.resize(np.array(image), 97, 125)[..., 0] / 255.0
         for axis, middle in ((0, 930 * 125 / width), (1, 730 * 97 / height)):
             profile = small.sum(axis)
             center = (profile * (np.arange(len(profile)) + 0.5)).sum() / profile.sum()
-            assert abs(center - middle) < 0.1  # px of the small picture
+            assert abs(center - middle) < 0.1  # px of the small image
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all", "truncated"])
-def test_broken_pictures_are_named(coco, tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+def test_broken_images_are_named(coco, tmp_path, content):
     path = tmp_path / "train2017" / "a.jpg"
     path.write_bytes(path.read_bytes()[:300] if content == "truncated" else content)
-    with pytest.raises(DataError, match="a.jpg: cannot be read as a picture"):
-        open_dataset(coco(), "train2017").image(0)
+    with pytest.raises(DataError, match="a.jpg: cannot be read as an image"):
+        open_folder(coco(), "train2017").image(0)
+
+
+def test_images_are_resized_as_pillow_does(coco_mini):
+    paths = sorted((coco_mini / "val2017").iterdir())[:6]
+    sizes = (800, 1067), (64, 96), (333, 500), (100, 640), (7, 5), (480, 640)
+    for path, (height, width) in zip(paths, sizes):
+        image = Image.open(path).convert("RGB")
+        ours = data.resize(np.array(image), height, width).astype(int)
+        theirs = np.asarray(image.resize((width, height), Image.BILINEAR)).astype(int)
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
 
 
 def test_resizing():
@@ -358,11 +431,11 @@ def test_resizing():
     assert resized_shape(1, 4000, 800, 1333) == (1, 1333)
 
 
-def test_flip_and_resize_move_boxes_with_the_picture(coco, tmp_path):
-    picture = Image.new("RGB", (30, 40))
-    picture.paste("white", (1, 2, 11, 22))
-    picture.save(tmp_path / "train2017" / "b.png")
-    dataset = open_dataset(coco(lambda c: c["images"][1].update(file_name="b.png")), "train2017")
+def test_flip_and_resize_move_boxes_with_the_image(coco, tmp_path):
+    image = Image.new("RGB", (30, 40))
+    image.paste("white", (1, 2, 11, 22))
+    image.save(tmp_path / "train2017" / "b.png")
+    dataset = open_folder(coco(lambda c: c["images"][1].update(file_name="b.png")), "train2017")
     for flip in (False, True):
         sample = load_sample(dataset, 1, 60, 1000, flip)
         assert sample["image"].shape == (80, 60, 3)
@@ -374,7 +447,7 @@ def test_flip_and_resize_move_boxes_with_the_picture(coco, tmp_path):
 
 
 def test_batches_are_padded_at_the_right_and_bottom(coco):
-    dataset = open_dataset(coco(), "train2017")
+    dataset = open_folder(coco(), "train2017")
     batch = collate([load_sample(dataset, i, 30, 60) for i in (0, 1, 2)])
     # 40 x 30 stays, 30 x 40 stays, 64 x 32 becomes 60 x 30: the largest, 40 high and 60 wide,
     # rounded up to 32
@@ -385,7 +458,7 @@ def test_batches_are_padded_at_the_right_and_bottom(coco):
     assert batch["images"][0, :, 30:].sum() == 0 and batch["images"][0, :, :30, :40].min() > 100
     assert batch["image_ids"] == [7, 3, 9]
     assert collate([load_sample(dataset, 2, 30, 60)])["gt_labels"].tolist() == [[PADDING]]
-    assert collate([load_sample(dataset, 2, 30, 60)], divisor=1)["images"].shape == (1, 3, 30, 60)
+    assert collate([load_sample(dataset, 2, 30, 60)], size_divisor=1)["images"].shape == (1, 3, 30, 60)
     for shapes, expected in (([(32, 32), (96, 128)], (96, 128)), ([(30, 60), (96, 128)], (30, 60))):
         sample = load_sample(dataset, 2, 30, 60)
         assert collate([sample], shapes=shapes)["images"].shape == (1, 3, *expected)
@@ -411,7 +484,7 @@ def test_a_few_sizes_hold_every_batch():
 # ---------------------------------------------------------------------------- batches
 
 def steps(dataset, **kwargs):
-    return list(data.StepBatches(dataset, np.arange(len(dataset)), **kwargs))
+    return list(TrainBatchSampler(dataset, np.arange(len(dataset)), **kwargs))
 
 
 def test_ranks_and_micro_batches_share_out_the_same_images():
@@ -427,12 +500,12 @@ def test_ranks_and_micro_batches_share_out_the_same_images():
 
 def test_an_epoch_shows_every_image_and_each_step_one_aspect_ratio_group():
     dataset = open_dataset("shapes", "val")
-    batches = data.StepBatches(dataset, np.arange(200), 8, seed=3)
-    epoch = batches.epoch(0)
-    assert len(epoch) == batches.steps_per_epoch and set(epoch.flatten()) == set(range(200))
+    sampler = TrainBatchSampler(dataset, np.arange(200), 8, seed=3)
+    epoch = sampler.epoch(0)
+    assert len(epoch) == sampler.steps_per_epoch and set(epoch.flatten()) == set(range(200))
     wide = dataset.sizes[:, 1] >= dataset.sizes[:, 0]
     assert all(len(set(wide[step])) == 1 for step in epoch) and 0 < wide.sum() < 200
-    assert not np.array_equal(epoch, batches.epoch(1)) and np.array_equal(epoch, batches.epoch(0))
+    assert not np.array_equal(epoch, sampler.epoch(1)) and np.array_equal(epoch, sampler.epoch(0))
 
 
 def test_a_restart_continues_the_stream():
@@ -442,9 +515,19 @@ def test_a_restart_continues_the_stream():
 
 
 def test_a_set_smaller_than_the_batch_is_repeated(coco):
-    dataset = open_dataset(coco(), "train2017")
+    dataset = open_folder(coco(), "train2017")
     assert (sorted(i for _, i in steps(dataset, batch_size=4, start=0, stop=2)[0])
             in ([0, 0, 2, 2], [1, 1, 1, 1]))
+
+
+def test_detection_batches_hold_images_of_one_size_and_every_image_once(coco):
+    dataset = open_folder(coco(), "train2017")
+    dataset.sizes = np.array([(30, 40), (40, 30), (60, 80)])  # at 30/60 the first and the last are equal
+    assert list(SameSizeBatchSampler(dataset, 30, 60, 2, rank=0, world=1)) == [[0, 2], [1]]
+    assert list(SameSizeBatchSampler(dataset, 30, 60, 1, rank=0, world=1)) == [[0], [2], [1]]
+    ranks = [SameSizeBatchSampler(dataset, 30, 60, 1, rank=r, world=2) for r in range(2)]
+    assert [list(batches) for batches in ranks] == [[[0], [1]], [[2]]]
+    assert [len(batches) for batches in ranks] == [2, 1]
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -454,56 +537,5 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert {min(samples[(e, 3)]["image"].shape[:2]) for e in range(12)} == {64, 96, 128}
     one_size = TrainSamples(dataset, [96], 256, seed=5)
     plain = load_sample(dataset, 3, 96, 256)["image"]
-    pictures = {one_size[(e, 3)]["image"].tobytes() for e in range(12)}
-    assert pictures == {plain.tobytes(), plain[:, ::-1].tobytes()}
-
-
-# ---------------------------------------------------------------------------- shapes
-
-def test_shapes_are_what_they_promise():
-    dataset = open_dataset("shapes", "train")
-    assert len(dataset.names) >= 8 and dataset.names[-2:] == ["arrow", "heart"]
-    sides = (dataset.boxes[:, 2:] - dataset.boxes[:, :2]).max(axis=1)
-    assert sides.min() < 13 and sides.max() > 90 and sides.max() / sides.min() > 7
-    assert 0.03 < (np.diff(dataset.first) == 0).mean() < 0.07
-    assert np.diff(dataset.first).max() >= 5 and len(np.unique(dataset.classes)) == 8
-    assert (dataset.boxes >= 0).all()
-    image_of_box = np.repeat(np.arange(len(dataset)), np.diff(dataset.first))
-    assert (dataset.boxes[:, 2:] <= dataset.sizes[image_of_box][:, ::-1]).all()
-
-
-def test_shapes_do_not_change_between_reads_and_differ_between_splits():
-    train, val, again = (open_dataset("shapes", s) for s in ("train", "val", "val"))
-    assert np.array_equal(np.asarray(val.image(5)), np.asarray(again.image(5)))
-    assert np.array_equal(val.boxes, again.boxes)
-    assert not any(np.array_equal(train.objects(i)[0], val.objects(i)[0])
-                   for i in range(50) if len(val.objects(i)[0]))
-    # One number that changes with the drawing code: published AP values belong to these pictures.
-    assert int(np.asarray(val.image(0), np.int64).sum()) == 4003266
-
-
-def test_the_box_of_a_shape_is_its_outline():
-    dataset = open_dataset("shapes", "val")
-    (height, width), objects = dataset._scene(4)
-    mask = np.asarray(data._silhouette(objects[-1][1], False, height, width))
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    drawn = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    assert np.abs(drawn - dataset.boxes[dataset.first[5] - 1]).max() < 1.5
-
-
-def test_a_dataset_holds_arrays_not_python_objects(coco):
-    # Forked workers copy every Python object they touch; arrays stay shared.
-    dataset = open_dataset(coco(), "train2017")
-    for name in ("image_ids", "paths", "sizes", "boxes", "classes", "areas", "crowd", "difficult", "first"):
-        assert isinstance(getattr(dataset, name), np.ndarray) and getattr(dataset, name).dtype != object
-    assert len(pickle.dumps(dataset)) < 4000
-
-
-def test_pictures_are_resized_as_pillow_does(coco_mini):
-    pictures = sorted((coco_mini / "val2017").iterdir())[:6]
-    sizes = (800, 1067), (64, 96), (333, 500), (100, 640), (7, 5), (480, 640)
-    for path, (height, width) in zip(pictures, sizes):
-        image = Image.open(path).convert("RGB")
-        ours = data.resize(np.array(image), height, width).astype(int)
-        theirs = np.asarray(image.resize((width, height), Image.BILINEAR)).astype(int)
-        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
+    images = {one_size[(e, 3)]["image"].tobytes() for e in range(12)}
+    assert images == {plain.tobytes(), plain[:, ::-1].tobytes()}

@@ -1,4 +1,4 @@
-"""What the ONNX files hold, as onnxruntime runs them, against the models themselves."""
+"""The ONNX files, run by onnxruntime, give the detections of the models."""
 import json
 import sys
 from pathlib import Path
@@ -13,10 +13,11 @@ import fsaf
 from checkpoint import build_model, save_checkpoint
 from defrcn import DeFRCN
 from export import OneImage, compare, fit, nms_threshold, write_onnx
+from faster_rcnn import FasterRCNN
 from fcos import FCOS
 from fsaf import FSAF
 from ops import batched_nms, final_detections
-from train import parse_args
+from recipes import parse_args
 
 NAMES = ["a", "b", "c", "d", "e"]
 SMALL = {"backbone": "resnet18", "fpn_channels": 64}
@@ -28,17 +29,17 @@ MODELS = {
     "fsaf-joint": lambda: FSAF(5, joint=True, **SMALL),
     "fsaf-anchor": lambda: FSAF(5, anchor_only=True, **SMALL),
     "defrcn": lambda: DeFRCN(5, **C4),
-    "faster_rcnn": lambda: DeFRCN(5, decouple=False, pool_size=14, **C4),
+    "faster_rcnn": lambda: FasterRCNN(5, **C4),
 }
 HEIGHT, WIDTH = 96, 128
 
 
 def detecting(model, cls_std=0.05, seed=0):
-    """The model with weights under which it detects much, of several classes and sizes."""
+    """The model in evaluation mode, with weights that detect many objects of several classes and sizes."""
     torch.manual_seed(seed)
     model.pixel_std.fill_(58.0)
     for name, parameter in model.named_parameters():
-        if name.endswith("bn3.weight"):  # else the features of a deep network without statistics overflow
+        if name.endswith("bn3.weight"):  # without statistics the features of a deep network would overflow
             nn.init.constant_(parameter, 0.2)
         if name.endswith(("logits.weight", "ltrb.weight", "tblr.weight", "anchor_deltas.weight",
                           "rpn.deltas.weight", "objectness.weight", "predictor.deltas.weight")):
@@ -50,8 +51,8 @@ def detecting(model, cls_std=0.05, seed=0):
     return model.eval()
 
 
-def pictures(height, width):
-    """Noise that fills the input, noise in a part of it, and an input without a picture."""
+def noise_images(height, width):
+    """Inputs: noise that fills the input, noise in a part of it, and an image without pixels."""
     noise = torch.randint(256, (1, 3, height, width), dtype=torch.uint8,
                           generator=torch.Generator().manual_seed(0))
     return [(noise, torch.tensor([size])) for size in
@@ -64,11 +65,11 @@ def need_onnx():
 
 
 def assert_same_file(model, height, width, path, nms, names=NAMES):
-    """Exports, and compares outputs for the `pictures`; the first two must show something."""
+    """Exports the model and compares the outputs on `noise_images`; the first two must show detections."""
     need_onnx()
     write_onnx(model, names, height, width, path, nms)
     run = export.run_onnx(path)
-    for (image, sizes), something in zip(pictures(height, width), (True, True, False)):
+    for (image, sizes), shows_objects in zip(noise_images(height, width), (True, True, False)):
         boxes, scores, labels = outputs = run(image, sizes)
         with torch.inference_mode():
             expected = model(image, sizes)[0]
@@ -81,20 +82,20 @@ def assert_same_file(model, height, width, path, nms, names=NAMES):
                      (("boxes", boxes), ("scores", scores), ("labels", labels))}
         else:
             found = final_detections(*outputs, *sizes[0], nms_threshold(model), 100)
-        lonely, px, score = compare(expected, found)
-        print(f"{len(expected['boxes'])} detections, {px:.1e} px, {score:.1e} in score, {lonely} alone")
-        assert lonely == 0 and px < 0.01 and score < 1e-4
-        assert (len(found["boxes"]) >= 10 and len(found["labels"].unique()) > 1) == something
-        assert something or len(found["boxes"]) == 0
+        unmatched, px, score = compare(expected, found)
+        print(f"{len(expected['boxes'])} detections, {unmatched} unmatched; {px:.1e} px, {score:.1e} score")
+        assert unmatched == 0 and px < 0.01 and score < 1e-4
+        assert (len(found["boxes"]) >= 10 and len(found["labels"].unique()) > 1) == shows_objects
+        assert shows_objects or len(found["boxes"]) == 0
 
 
 # ---------------------------------------------------------------------------- the graph, without ONNX
 
 @pytest.mark.parametrize("form", MODELS)
-def test_the_graph_gives_what_the_model_detects(form):
+def test_the_graph_gives_the_detections_of_the_model(form):
     model = detecting(MODELS[form]())
     counts = set()
-    for image, sizes in pictures(HEIGHT, WIDTH):
+    for image, sizes in noise_images(HEIGHT, WIDTH):
         with torch.inference_mode():
             expected = model(image, sizes)[0]
             boxes, scores, labels = OneImage(model, NAMES)(image, sizes)
@@ -106,12 +107,12 @@ def test_the_graph_gives_what_the_model_detects(form):
         assert (best[2] >= 0).sum() == len(expected["boxes"])
         width_height = sizes[0].flip(0).repeat(2)
         assert (boxes >= 0).all() and (boxes <= width_height).all()
-    assert len(counts) == 1  # the number of candidates does not depend on the picture
+    assert len(counts) == 1  # the number of candidates does not depend on the image
 
 
 def test_only_the_best_candidates_leave_a_model_that_has_too_many(monkeypatch):
     model = detecting(MODELS["defrcn"]())  # 30 proposals x 5 classes
-    image, sizes = pictures(HEIGHT, WIDTH)[0]
+    image, sizes = noise_images(HEIGHT, WIDTH)[0]
     monkeypatch.setattr(export, "MAX_CANDIDATES", 70)
     with torch.inference_mode():
         scores = model.candidates(model.network(image, sizes))[0][1]
@@ -141,18 +142,20 @@ def test_every_form_in_onnxruntime(form, nms, tmp_path):
     (lambda: DeFRCN(80), (608, 800))])
 def test_published_sizes(make, size, tmp_path):
     model = detecting(make(), cls_std=1.0)
-    if isinstance(model, DeFRCN):  # what all RoIs have in common would make them all one class
+    if isinstance(model, DeFRCN):  # the part that all RoIs share would give them all one class
         with torch.inference_mode():
-            common = model.network(*pictures(*size)[0])["logits"].mean(dim=(0, 1))
+            common = model.network(*noise_images(*size)[0])["logits"].mean(dim=(0, 1))
         model.predictor.cls_score.bias.data -= common
     assert_same_file(model, *size, tmp_path / "m.onnx", True, [str(i) for i in range(80)])
 
 
 class PixelsAsBoxes(nn.Module):
-    """A detector whose candidates are the pixels: x, y, width, height, label and score of 512 boxes. Boxes
-    of whole pixels often have an IoU of exactly 3/5."""
+    """A detector that reads 512 candidates from the pixels: x, y, width, height, label and score.
 
-    divisor, nms_threshold = 1, 0.6
+    Boxes with whole pixels often have an IoU of exactly 3/5.
+    """
+
+    size_divisor, nms_threshold = 1, 0.6
 
     def network(self, image, sizes):
         return image.flatten().view(6, -1)
@@ -164,7 +167,7 @@ class PixelsAsBoxes(nn.Module):
         return [(boxes, values[5] / 256 + tie_break, (values[4] % 5).long())]
 
 
-def test_nms_in_onnx_is_class_wise_and_decides_alike_at_the_threshold(tmp_path):
+def test_nms_in_onnx_is_class_wise_and_equals_ours_at_the_threshold(tmp_path):
     need_onnx()
     model = PixelsAsBoxes()
     write_onnx(model, NAMES, 32, 32, tmp_path / "nms.onnx", nms=True)
@@ -173,8 +176,8 @@ def test_nms_in_onnx_is_class_wise_and_decides_alike_at_the_threshold(tmp_path):
     for _ in range(20):
         image = torch.randint(256, (1, 3, 32, 32), generator=generator, dtype=torch.uint8)
         boxes, scores, labels = model.candidates(model.network(image, sizes))[0]
-        usable = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        boxes, scores, labels = boxes[usable], scores[usable], labels[usable]
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        boxes, scores, labels = boxes[valid], scores[valid], labels[valid]
         kept = batched_nms(boxes, scores, labels, 0.6)[:100]
         found = run(image, sizes)
         assert torch.equal(found[0], boxes[kept]) and torch.equal(found[2], labels[kept])
@@ -200,7 +203,7 @@ def assert_fixed_shapes_and_class_names(path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    args = parse_args(["--backbone", "resnet18", "--fpn-channels", "64", "--weights", "none"])
+    args, _ = parse_args(["--backbone", "resnet18", "--fpn-channels", "64", "--weights", "none"])
     args = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     path, model = tmp_path_factory.mktemp("run") / "last.pth", detecting(build_model(args, 5))
     save_checkpoint(path, {"model": model.state_dict(), "args": args, "names": NAMES,
@@ -209,26 +212,24 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_script_writes_and_checks_a_file(checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_script_writes_and_checks_a_file(checkpoint, in_process, tmp_path):
     need_onnx()
     Image.effect_noise((200, 90), 60).save(tmp_path / "photo.png")
-    words = ["--ckpt", checkpoint, "--size", 64, 96, "--out", "new/m.onnx", "--check", "photo.png"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
-    export.main()
-    first, noise, photo = capsys.readouterr().out.splitlines()
+    out = in_process(export.main, "--ckpt", checkpoint, "--size", 64, 96, "--out", "new/m.onnx",
+                     "--check", "photo.png")
+    first, noise, photo = out.splitlines()
     assert first.startswith("new/m.onnx: ") and first.endswith(f" MB, opset {export.OPSET}, 5 classes")
     for line, name in ((noise, "noise"), (photo, "photo.png")):
         assert line.startswith(f"{name}: 100 detections in PyTorch, 100 in onnxruntime; largest difference ")
-        assert line.endswith("; 0 without a partner")
+        assert line.endswith("; 0 without a match")
 
     assert_fixed_shapes_and_class_names(tmp_path / "new/m.onnx")
     other = detecting(MODELS["fcos"](), seed=1)
-    with pytest.raises(ValueError, match="new/m.onnx: does not detect what the checkpoint does"):
+    with pytest.raises(ValueError, match="new/m.onnx: its detections are not those of the checkpoint"):
         export.check(Path("new/m.onnx"), other, export.check_inputs(64, 96, []))
 
 
-def test_a_picture_is_fitted_into_the_upper_left_corner(tmp_path):
+def test_an_image_is_fitted_into_the_upper_left_corner(tmp_path):
     Image.new("RGB", (40, 10), (9, 8, 7)).save(tmp_path / "wide.png")
     image, sizes = fit(tmp_path / "wide.png", 64, 96)
     assert sizes.tolist() == [[24, 96]] and image.shape == (1, 3, 64, 96)
@@ -237,15 +238,15 @@ def test_a_picture_is_fitted_into_the_upper_left_corner(tmp_path):
 
 
 def test_detections_are_compared_label_by_label():
-    mine = {"boxes": torch.tensor([[0., 0., 9., 9.], [5., 5., 8., 8.]]), "scores": torch.tensor([0.9, 0.5]),
+    ours = {"boxes": torch.tensor([[0., 0., 9., 9.], [5., 5., 8., 8.]]), "scores": torch.tensor([0.9, 0.5]),
             "labels": torch.tensor([1, 2])}
     theirs = {"boxes": torch.tensor([[5., 5., 8., 8.], [0., 0., 9., 9.25]]), "labels": torch.tensor([3, 1]),
               "scores": torch.tensor([0.5, 0.899])}
-    # The second of the one and the first of the other have the same box but different labels.
-    lonely, px, score = compare(mine, theirs)
-    assert (lonely, px) == (2, 0.25) and score == pytest.approx(0.001, rel=1e-4)
-    none = {key: value[:0] for key, value in mine.items()}
-    assert compare(mine, none) == compare(none, mine) == (2, 0.0, 0.0)
+    # The second of ours and the first of theirs have the same box but different labels.
+    unmatched, px, score = compare(ours, theirs)
+    assert (unmatched, px) == (2, 0.25) and score == pytest.approx(0.001, rel=1e-4)
+    none = {key: value[:0] for key, value in ours.items()}
+    assert compare(ours, none) == compare(none, ours) == (2, 0.0, 0.0)
     assert compare(none, none) == (0, 0.0, 0.0)
 
 
@@ -262,7 +263,7 @@ def test_a_missing_package_is_named_in_one_line(checkpoint, mistake, monkeypatch
     (["--size", 0, 64], "error: --size must be positive, not [0, 64]"),
     (["--out", "file/m.onnx"], "error: --out file: cannot be used as a folder"),
     (["--out", "."], "error: --out must be a file, not the folder ."),
-    (["--check", "no.jpg"], "error: no.jpg: cannot be read as a picture"),
+    (["--check", "no.jpg"], "error: no.jpg: cannot be read as an image"),
 ])
 def test_mistakes_end_in_one_line(checkpoint, mistake, tmp_path, words, message):
     need_onnx()

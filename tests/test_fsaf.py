@@ -1,3 +1,4 @@
+"""FSAF and RetinaNet against recorded numbers of mmdetection, torchvision, sums by hand and two ranks."""
 import math
 
 import numpy as np
@@ -19,23 +20,27 @@ from helpers import (
     small_batch,
 )
 
+import convert
 import fsaf
-from backbone import FixedStatsBatchNorm2d, WeightsError
+from backbone import FixedStatsBatchNorm2d
 from fsaf import (
     FSAF,
-    FreeTargets,
+    AnchorFreeTargets,
+    all_anchors,
+    all_points,
     anchor_losses,
     base_anchors,
     class_weights,
     fsaf_decode,
     fsaf_losses,
     fsaf_targets,
-    image_anchors,
-    image_points,
     level_losses,
+    matched_targets,
     select_level,
+    valid_points,
+    with_padding_row,
 )
-from ops import decode_boxes, encode_boxes, iou_loss, match_anchors, sigmoid_focal_loss
+from ops import iou_loss
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +50,21 @@ def golden():
 
 @pytest.fixture(scope="module")
 def published(golden):
-    """FSAF with the rule-made weights of the golden run, and {mmdetection's key: ours}."""
+    """FSAF with the weights of the recorded run, and {mmdetection's key: ours}."""
     model = FSAF(80, "resnet50")
-    return model, load_golden_weights(model, golden[2]["fsaf"], "fsaf", fsaf.rename_mmdet)
+    return model, load_golden_weights(model, golden[2]["fsaf"], "fsaf", convert.fsaf_from_mmdet)
 
 
 def recorded_batch(name):
-    """The recorded runs saw no crowds."""
+    """A golden batch with crowds as padding: the recorded runs saw no crowds."""
     images, sizes, boxes, labels = golden_batch(BATCHES[name])
     return images, sizes, boxes, torch.where(labels == -2, -1, labels)
 
 
-def free_arguments(model, images, sizes, boxes, labels):
-    gt = fsaf._at_least_one_row(boxes, labels)
-    return model.train().free_targets(model.network(images, sizes), sizes, *gt)
+def loss_arguments(model, images, sizes, boxes, labels):
+    """What `level_losses` and `fsaf_losses` need."""
+    gt = with_padding_row(boxes, labels)
+    return model.train().anchor_free_targets(model.network(images, sizes), sizes, *gt)
 
 
 # ---------------------------------------------------------------------------- published numbers
@@ -67,20 +73,20 @@ def free_arguments(model, images, sizes, boxes, labels):
 def test_targets_equal_the_published_ones(golden, name):
     images, sizes, boxes, labels = recorded_batch(name)
     shapes = [(math.ceil(images.shape[2] / s), math.ceil(images.shape[3] / s)) for s in fsaf.STRIDES]
-    points, strides = image_points(shapes)
+    points, strides = all_points(shapes)
     for i in range(len(images)):
-        found = fsaf_targets(points, strides, boxes[i], labels[i], fsaf._inside(points, sizes)[i])
-        positive = (found.owner >= 0).nonzero().squeeze(1)
+        found = fsaf_targets(points, strides, boxes[i], labels[i], valid_points(points, sizes)[i])
+        positive = (found.gt_index >= 0).nonzero().squeeze(1)
         record = {key: golden[1][f"{name}/img{i}/{key}"] for key in
                   ("pos_idx", "pos_label", "pos_gt", "pos_box", "invalid_idx", "zero_label_weight")}
         assert positive.tolist() == record["pos_idx"].tolist()
-        assert found.owner[positive].tolist() == record["pos_gt"].tolist()
-        assert labels[i][found.owner[positive]].tolist() == record["pos_label"].tolist()
-        np.testing.assert_allclose(boxes[i][found.owner[positive]], record["pos_box"].reshape(-1, 4))
-        assert found.dropped.nonzero().squeeze(1).tolist() == record["invalid_idx"].tolist()
-        gt_labels = torch.cat((labels[i], torch.tensor([-1])))  # owner -1 is the last row
-        weights = class_weights(found.region, torch.zeros_like(found.dropped), gt_labels[found.owner],
-                                gt_labels[:found.region.shape[1]], 80)
+        assert found.gt_index[positive].tolist() == record["pos_gt"].tolist()
+        assert labels[i][found.gt_index[positive]].tolist() == record["pos_label"].tolist()
+        np.testing.assert_allclose(boxes[i][found.gt_index[positive]], record["pos_box"].reshape(-1, 4))
+        assert found.ignored.nonzero().squeeze(1).tolist() == record["invalid_idx"].tolist()
+        gt_labels = torch.cat((labels[i], torch.tensor([-1])))  # the last row is that of gt_index -1
+        weights = class_weights(found.ignore_region, torch.zeros_like(found.ignored),
+                                gt_labels[found.gt_index], gt_labels[:found.ignore_region.shape[1]], 80)
         assert sorted(map(tuple, (weights == 0).nonzero().tolist())) == sorted(
             map(tuple, record["zero_label_weight"].tolist()))
 
@@ -89,22 +95,21 @@ def test_targets_equal_the_published_ones(golden, name):
 def test_level_losses_and_the_selection_equal_the_published_ones(golden, published, name):
     batch = recorded_batch(name)
     with torch.no_grad():
-        logits, boxes, targets, gt_boxes, gt_labels, level_sizes = free_arguments(published[0], *batch)
+        logits, boxes, targets, gt_boxes, gt_labels, level_sizes = loss_arguments(published[0], *batch)
         means = level_losses(logits, boxes, targets, gt_boxes, gt_labels, level_sizes)
         losses = fsaf_losses(logits, boxes, targets, gt_boxes, gt_labels, level_sizes)
-    real = gt_labels >= 0
-    np.testing.assert_allclose(means[real].T, golden[1][f"{name}/level_loss"], rtol=1e-5)
+    np.testing.assert_allclose(means[gt_labels >= 0].T, golden[1][f"{name}/level_loss"], rtol=1e-5)
 
-    # The recorded loss is a list of levels. A point of level l counts there and nowhere else.
+    # The recorded loss is a list over levels. A point counts on its level only.
     level = select_level(means)
-    of_point = torch.arange(5).repeat_interleave(torch.tensor(level_sizes))
-    chosen = (targets.owner >= 0) & (level.gather(1, targets.owner.clamp(min=0)) == of_point)
-    assert level_major(list(chosen), level_sizes).nonzero().squeeze(1).tolist() == golden[1][
+    level_of_point = torch.arange(5).repeat_interleave(torch.tensor(level_sizes))
+    selected = (targets.gt_index >= 0) & (level.gather(1, targets.gt_index.clamp(min=0)) == level_of_point)
+    assert level_major(list(selected), level_sizes).nonzero().squeeze(1).tolist() == golden[1][
         f"{name}/pos_after_select"].tolist()
-    labels, target_boxes = fsaf._targets_of(torch.where(chosen, targets.owner, -1), gt_boxes, gt_labels)
+    labels, target_boxes = matched_targets(torch.where(selected, targets.gt_index, -1), gt_boxes, gt_labels)
     cls, box = fsaf.point_losses(logits, boxes, labels, target_boxes)
-    cls = (cls * class_weights(targets.region, targets.dropped, labels, gt_labels, 80)).sum(-1)
-    norm = chosen.sum() if chosen.any() else (~targets.dropped).sum()
+    cls = (cls * class_weights(targets.ignore_region, targets.ignored, labels, gt_labels, 80)).sum(-1)
+    norm = selected.sum() if selected.any() else (~targets.ignored).sum()
     expected = golden[0]["loss"][name]
     for found, theirs, total in ((cls, "loss_cls", losses["cls"]), (box, "loss_bbox", losses["box"])):
         levels = torch.stack([part.sum() for part in found.split(level_sizes, dim=1)]) / norm
@@ -156,21 +161,7 @@ def test_published_size_freezing_and_start():
     assert model.head.tblr.bias.tolist() == [0.25] * 4
 
 
-def test_retinanet_of_mmdetection_loads_into_the_anchor_branch(golden):
-    shapes = dict(golden[2]["fsaf"])
-    for name, channels in (("retina_cls", 720), ("retina_reg", 36)):
-        shapes[f"bbox_head.{name}.weight"] = [channels, 256, 3, 3]
-        shapes[f"bbox_head.{name}.bias"] = [channels]
-    state = fsaf.rename_mmdet({key: torch.zeros(shape) for key, shape in shapes.items()})
-    model = FSAF(80, anchor_only=True)
-    model.load_state_dict(state, strict=True)
-    assert torch.equal(model.base_anchors, base_anchors())
-    for wrong in ({"a": torch.zeros(1)}, {"bbox_head.retina_reg.weight": torch.zeros(12, 256, 3, 3)}):
-        with pytest.raises(WeightsError, match="not an FSAF or RetinaNet"):
-            fsaf.rename_mmdet(wrong)
-
-
-# ---------------------------------------------------------------------------- targets of the free branch
+# ---------------------------------------------------------------------------- anchor-free branch: targets
 
 def slow_shrink(box, scale):
     cx, cy = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -188,74 +179,77 @@ def slow_inside(box, x, y):
     return box[0] < x < box[2] and box[1] < y < box[3]
 
 
-def slow_targets(points, strides, boxes, labels, inside, ignore_scale):
-    """The assignment rules, one point and one object at a time: owner, {(point, object)}, dropped."""
-    owner, region, dropped = [], [], []
+def slow_targets(points, strides, boxes, labels, valid, ignore_scale):
+    """The assignment rules, one point and one object at a time: gt_index, {(point, object)}, ignored."""
+    gt_index, ignore_region, ignored = [], set(), []
     objects = list(zip(boxes.tolist(), labels.tolist()))
-    for p, ((x, y), s, valid) in enumerate(zip(points.tolist(), strides.tolist(), inside.tolist())):
-        lost = not valid or any(label == -2 and slow_inside(slow_shrink(box, 0.5), x, y)
-                                for box, label in objects)
-        real = [(g, box) for g, (box, label) in enumerate(objects) if valid and label >= 0]
-        core = [g for g, box in real
-                if slow_inside(box, x, y) and slow_covers(slow_shrink(box, 0.2), x, y, s)]
-        ring = [g for g, box in real
-                if g not in core and slow_covers(slow_shrink(box, ignore_scale), x, y, s)]
-        best = min(core, key=lambda g: ((boxes[g, 2] - boxes[g, 0]) * (boxes[g, 3] - boxes[g, 1])).item(),
-                   default=-1)
-        shadow = ring + [g for g in core if g != best]
-        if lost or best >= 0 and any(labels[g] == labels[best] for g in shadow):
+    for p, ((x, y), s, is_valid) in enumerate(zip(points.tolist(), strides.tolist(), valid.tolist())):
+        is_ignored = not is_valid or any(label == -2 and slow_inside(slow_shrink(box, 0.5), x, y)
+                                         for box, label in objects)
+        possible = [(g, box) for g, (box, label) in enumerate(objects) if is_valid and label >= 0]
+        effective = [g for g, box in possible
+                     if slow_inside(box, x, y) and slow_covers(slow_shrink(box, 0.2), x, y, s)]
+        ring = [g for g, box in possible
+                if g not in effective and slow_covers(slow_shrink(box, ignore_scale), x, y, s)]
+        best = min(effective, default=-1,
+                   key=lambda g: ((boxes[g, 2] - boxes[g, 0]) * (boxes[g, 3] - boxes[g, 1])).item())
+        others = ring + [g for g in effective if g != best]
+        if is_ignored or best >= 0 and any(labels[g] == labels[best] for g in others):
             best = -1
-        owner.append(best)
-        dropped.append(lost)
-        region += [(p, g) for g in core + ring]
-    return owner, set(region), dropped
+        gt_index.append(best)
+        ignored.append(is_ignored)
+        ignore_region |= {(p, g) for g in effective + ring}
+    return gt_index, ignore_region, ignored
 
 
 @pytest.mark.parametrize("ignore_scale", [0.2, 0.5])
 @pytest.mark.parametrize("count", [0, 1, 14])
 def test_targets_equal_a_slow_loop(count, ignore_scale):
     generator = torch.Generator().manual_seed(count)
-    points, strides = image_points([(20, 24), (10, 12), (5, 6), (3, 3), (2, 2)])
+    points, strides = all_points([(20, 24), (10, 12), (5, 6), (3, 3), (2, 2)])
     corner = torch.rand(count, 2, generator=generator) * 120
     boxes = torch.cat((corner, corner + 4 + torch.rand(count, 2, generator=generator) * 150), dim=1)
     labels = torch.randint(-2, 3, (count,), generator=generator)
-    inside = (points < torch.tensor([160., 128.])).all(dim=1)
-    found = fsaf_targets(points, strides, boxes, labels, inside, ignore_scale=ignore_scale)
-    owner, region, dropped = slow_targets(points, strides, boxes, labels, inside, ignore_scale)
-    assert found.owner.tolist() == owner and found.dropped.tolist() == dropped
-    assert set(map(tuple, found.region.nonzero().tolist())) == region
-    assert count < 14 or len(set(owner)) > 4 and any(d and v for d, v in zip(dropped, inside.tolist()))
+    valid = (points < torch.tensor([160., 128.])).all(dim=1)
+    found = fsaf_targets(points, strides, boxes, labels, valid, ignore_scale=ignore_scale)
+    gt_index, ignore_region, ignored = slow_targets(points, strides, boxes, labels, valid, ignore_scale)
+    assert found.gt_index.tolist() == gt_index and found.ignored.tolist() == ignored
+    assert set(map(tuple, found.ignore_region.nonzero().tolist())) == ignore_region
+    # The case holds several positive objects and a crowd.
+    assert count < 14 or len(set(gt_index)) > 4 and (found.ignored & valid).any()
 
 
 def test_a_ring_surrounds_the_effective_region():
-    points, strides = image_points([(16, 16)])
+    points, strides = all_points([(16, 16)])
     box = torch.tensor([[0., 0., 128., 128.]])
-    everywhere = torch.ones(256, dtype=torch.bool)
-    found = fsaf_targets(points, strides, box, torch.tensor([0]), everywhere, ignore_scale=0.5)
-    # Effective 51.2 .. 76.8: the squares around 48 .. 80 (44-52 covers 0.8 px of 8) are the cells 6 .. 10.
-    positive = (found.owner >= 0).view(16, 16)
-    assert positive[6:11, 6:11].sum() == positive.sum() == 24  # a corner square has 0.8 * 0.8 / 64 = 0.01
-    # Ignore 32 .. 96: the squares around 32 .. 96, cells 4 .. 12.
-    assert found.region.view(16, 16)[4:13, 4:13].all() and found.region.sum() == 81
+    valid = torch.ones(256, dtype=torch.bool)
+    found = fsaf_targets(points, strides, box, torch.tensor([0]), valid, ignore_scale=0.5)
+    # The effective region is 51.2 .. 76.8. It reaches the squares around 48 .. 80, which are cells 6 .. 10.
+    # Of the first, 44 .. 52, it covers 0.8 px. In a corner the share is 0.8 * 0.8 / 64 = 0.01, and rounding
+    # decides: one of the 25 cells is missing.
+    positive = (found.gt_index >= 0).view(16, 16)
+    assert positive[6:11, 6:11].sum() == positive.sum() == 24
+    # The ignore region is 32 .. 96. It reaches the squares around 32 .. 96, which are cells 4 .. 12.
+    assert found.ignore_region.view(16, 16)[4:13, 4:13].all() and found.ignore_region.sum() == 81
 
 
 def test_in_a_crowd_nothing_is_learned():
-    points, strides = image_points([(8, 8)])
+    points, strides = all_points([(8, 8)])
     boxes = torch.tensor([[0., 0., 64., 64.], [24., 24., 40., 40.]])
     found = fsaf_targets(points, strides, boxes, torch.tensor([-2, 1]), torch.ones(64, dtype=torch.bool))
-    # The middle half of the crowd, 16 .. 48, strictly: the points at 24, 32, 40.
-    assert found.dropped.view(8, 8)[3:6, 3:6].all() and found.dropped.sum() == 9
-    assert (found.owner == -1).all()
+    # The points strictly inside the middle half of the crowd, 16 .. 48, are at 24, 32, 40.
+    assert found.ignored.view(8, 8)[3:6, 3:6].all() and found.ignored.sum() == 9
+    assert (found.gt_index == -1).all()
 
 
-# ---------------------------------------------------------------------------- level selection and losses
+# ---------------------------------------------------------------------------- anchor-free branch: losses
 
 def two_level_case():
-    """One image, levels of 4 and 1 points, two objects of classes 0 and 1; point 4 is the second level's."""
-    owner = torch.tensor([[0, 0, 1, -1, 0]])
-    region = torch.zeros(1, 5, 2, dtype=torch.bool)
-    region[0, [0, 1, 4], 0] = region[0, [2, 3], 1] = True  # point 3: only ignored for object 1
-    targets = FreeTargets(owner, region, torch.zeros(1, 5, dtype=torch.bool))
+    """One image with two objects of classes 0 and 1. Points 0..3 are on the first level, 4 on the second."""
+    gt_index = torch.tensor([[0, 0, 1, -1, 0]])
+    ignore_region = torch.zeros(1, 5, 2, dtype=torch.bool)
+    ignore_region[0, [0, 1, 4], 0] = ignore_region[0, [2, 3], 1] = True  # point 3 is positive for no object
+    targets = AnchorFreeTargets(gt_index, ignore_region, ignored=torch.zeros(1, 5, dtype=torch.bool))
     gt_boxes, gt_labels = torch.tensor([[[0., 0., 10., 10.], [0., 0., 4., 4.]]]), torch.tensor([[0, 1]])
     logits = torch.zeros(1, 5, 2)
     boxes = torch.tensor([[[0., 0., 10., 5.], [0., 0., 10., 10.], [0., 0., 4., 4.], [0., 0., 1., 1.],
@@ -269,7 +263,7 @@ POSITIVE, NEGATIVE = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)  # foc
 def test_level_losses_by_hand():
     means = level_losses(*two_level_case())
     both_classes = POSITIVE + NEGATIVE
-    # Object 0: IoU 0.5 and 1 on the first level, 0.8 on the second. Object 1: IoU 1; no cell on the second.
+    # Object 0: IoU 0.5 and 1 on the first level, 0.8 on the second. Object 1: IoU 1, no point on the second.
     expected = [[both_classes + math.log(2) / 2, both_classes - math.log(0.8)], [both_classes, 1e6]]
     torch.testing.assert_close(means[0], torch.tensor(expected))
     assert select_level(means).tolist() == [[1, 0]]
@@ -278,8 +272,8 @@ def test_level_losses_by_hand():
 
 
 def test_losses_by_hand():
-    # Positives: point 4 (object 0) and point 2 (object 1). Points 0 and 1 are cells of object 0 on the level
-    # it did not choose: class 0 has no loss there, class 1 is negative. Point 3: class 1 is ignored.
+    # Positives: point 4 (object 0) and point 2 (object 1). Points 0 and 1 are those of object 0 on the level
+    # that it did not select: class 0 has no loss there, class 1 is negative. At point 3 class 1 is ignored.
     losses = fsaf_losses(*two_level_case())
     cls = 2 * (POSITIVE + NEGATIVE) + 2 * NEGATIVE + NEGATIVE
     assert losses["cls"].item() == pytest.approx(cls / 2, rel=1e-6)
@@ -287,9 +281,10 @@ def test_losses_by_hand():
 
 
 def test_the_papers_rule_ignores_an_object_only_beside_its_level():
-    # Four levels of one point each, one object, easiest on the first.
-    region = torch.ones(1, 4, 1, dtype=torch.bool)
-    targets = FreeTargets(torch.zeros(1, 4, dtype=torch.int64), region, torch.zeros(1, 4, dtype=torch.bool))
+    # Four levels of one point each, and one object, which is easiest on the first level.
+    targets = AnchorFreeTargets(gt_index=torch.zeros(1, 4, dtype=torch.int64),
+                                ignore_region=torch.ones(1, 4, 1, dtype=torch.bool),
+                                ignored=torch.zeros(1, 4, dtype=torch.bool))
     boxes = torch.tensor([[[0., 0., 10., 10.], [0., 0., 10., 5.], [0., 0., 10., 5.], [0., 0., 10., 5.]]])
     arguments = (torch.zeros(1, 4, 1), boxes, targets, torch.tensor([[[0., 0., 10., 10.]]]),
                  torch.tensor([[0]]), [1] * 4)
@@ -299,18 +294,18 @@ def test_the_papers_rule_ignores_an_object_only_beside_its_level():
         POSITIVE + 2 * NEGATIVE)
 
 
-def test_a_side_of_length_zero_leaves_the_others_a_gradient():
+def test_a_distance_of_zero_leaves_the_others_a_gradient():
     points, strides = torch.tensor([[40., 40.]]), torch.tensor([8.])
     tblr = torch.tensor([[[0.0, 0.5, 0.5, 0.5]]], requires_grad=True)
     target = torch.tensor([[[24., 24., 56., 56.]]])
     iou_loss(fsaf_decode(points, strides, tblr.clamp(min=fsaf.MIN_DISTANCE)), target).sum().backward()
     assert tblr.grad[0, 0, 0] == 0 and (tblr.grad[0, 0, 1:] < 0).all()
-    # The model does so in training, and not when it detects.
+    # The model has this limit in training only.
     model = small_model()
     torch.nn.init.zeros_(model.head.tblr.weight)
     torch.nn.init.constant_(model.head.tblr.bias, -1.0)
     images, sizes, boxes, labels = small_batch()
-    _, trained, *_ = free_arguments(model, images, sizes, boxes, labels)
+    trained = loss_arguments(model, images, sizes, boxes, labels).boxes
     assert (trained[..., 2:] > trained[..., :2]).all()
     with torch.no_grad():
         assert [len(d["boxes"]) for d in model.eval()(images, sizes)] == [0, 0]
@@ -321,11 +316,11 @@ def test_distances_are_top_bottom_left_right_in_units_of_four_strides():
     assert boxes.tolist() == [[100 - 3 * 64, 200 - 64, 100 + 4 * 64, 200 + 2 * 64]]
 
 
-# ---------------------------------------------------------------------------- anchor branch and torchvision
+# ---------------------------------------------------------------------------- anchor-based branch
 
 @pytest.fixture(scope="module")
 def torchvision_pair():
-    """Our anchor branch and torchvision's RetinaNet with the same head, fed with the same features."""
+    """Our RetinaNet and torchvision's with the same head and anchors, features, anchors of all levels."""
     detection = pytest.importorskip("torchvision.models.detection")
     model = small_model(anchor_only=True)
     stub = torch.nn.Identity()
@@ -358,25 +353,11 @@ GT_LABELS = torch.tensor([0, 2, 1, 1, -1])
 def test_anchors_are_retinanets(torchvision_pair):
     model, _, features, anchors = torchvision_pair
     shapes = [tuple(f.shape[-2:]) for f in features]
-    assert torch.equal(image_anchors(model.base_anchors, shapes), anchors[0])
-    # torchvision rounds sides and corners; the published anchors are exact: 32 px, 1:1, at the origin.
+    assert torch.equal(all_anchors(model.base_anchors, shapes), anchors[0])
+    # torchvision rounds sides and corners. The published anchors are exact, e.g. 32 px and 1:1.
     assert base_anchors()[0, 3].tolist() == [-16, -16, 16, 16]
     assert base_anchors()[1, 0].tolist() == pytest.approx([-45.2548, -22.6274, 45.2548, 22.6274], abs=1e-3)
     assert (base_anchors() - model.base_anchors).abs().max() < 1.5
-
-
-def test_matches_equal_torchvisions(torchvision_pair):
-    _, theirs, _, (anchors,) = torchvision_pair
-    from torchvision.ops import box_iou
-    expected = theirs.proposal_matcher(box_iou(GT[:4], anchors))
-    found = match_anchors(anchors, GT, GT_LABELS, 0.5, 0.4)
-    assert torch.equal(found, expected)
-    assert set(found.tolist()) == {-2, -1, 0, 1, 2, 3}  # object 2 is small: only the low-quality rule gets it
-    assert (match_anchors(anchors, GT[:0], GT_LABELS[:0], 0.5, 0.4) == -1).all()
-    usable = torch.arange(len(anchors)) % 2 == 0  # the rest match nothing, as if they were not there
-    again = match_anchors(anchors, GT, GT_LABELS, 0.5, 0.4, usable)
-    assert torch.equal(again[usable], match_anchors(anchors[usable], GT, GT_LABELS, 0.5, 0.4))
-    assert (again[~usable] == -2).all()
 
 
 def test_losses_equal_torchvisions(torchvision_pair):
@@ -403,21 +384,11 @@ def test_boxes_equal_torchvisions(torchvision_pair, monkeypatch):
         expected, = theirs.postprocess_detections(split, [list(anchors.split(sizes))], [(256, 384)])
         outputs["shapes"] = [tuple(f.shape[-2:]) for f in features]
         found, = model.detections(outputs, torch.tensor([[256, 384]]))
-    # torchvision keeps boxes that are empty after clipping; they overlap nothing, so they suppress nothing.
+    # torchvision keeps boxes that are empty after clipping. They overlap nothing and suppress nothing.
     not_empty = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)
     assert not_empty.sum() > 100
     for key in ("boxes", "scores", "labels"):
         torch.testing.assert_close(found[key], expected[key][not_empty][:100], rtol=1e-5, atol=1e-4)
-
-
-def test_box_code_by_hand_and_back():
-    anchors, boxes = torch.tensor([[10., 10., 30., 50.]]), torch.tensor([[15., 30., 55., 50.]])
-    # Centres (20, 30) and (35, 40): 15 / 20 and 10 / 40; sizes 40 x 20 over 20 x 40.
-    deltas = encode_boxes(boxes, anchors)
-    assert deltas[0].tolist() == pytest.approx([0.75, 0.25, math.log(2), -math.log(2)])
-    torch.testing.assert_close(decode_boxes(deltas, anchors), boxes)
-    huge = decode_boxes(torch.tensor([[0., 0., 99., 0.]]), anchors)
-    assert (huge[0, 2] - huge[0, 0]).item() == pytest.approx(20 * 1000 / 16)
 
 
 def test_anchors_between_the_thresholds_have_no_loss():
@@ -438,18 +409,18 @@ def small_joint():
     return small_model(joint=True)
 
 
-def test_the_joint_loss_is_the_anchor_loss_plus_half_the_free_one():
+def test_the_joint_loss_is_the_anchor_based_loss_plus_half_the_anchor_free_loss():
     joint = small_joint().train()
-    free = small_model(ignore_scale=0.5, ignore_adjacent=True).train()
-    anchor = small_model(anchor_only=True).train()
-    for part in (free, anchor):
+    anchor_free = small_model(ignore_scale=0.5, ignore_adjacent=True).train()
+    anchor_based = small_model(anchor_only=True).train()
+    for part in (anchor_free, anchor_based):
         part.load_state_dict({k: v for k, v in joint.state_dict().items() if k in part.state_dict()})
     batch = small_batch((3, 1))
-    losses, alone, retina = joint(*batch), free(*batch), anchor(*batch)
+    losses, free, retinanet = joint(*batch), anchor_free(*batch), anchor_based(*batch)
     assert list(losses) == ["anchor_cls", "anchor_box", "free_cls", "free_box"]
     for name in ("cls", "box"):
-        assert losses[f"anchor_{name}"].item() == pytest.approx(retina[name].item(), rel=1e-6)
-        assert losses[f"free_{name}"].item() == pytest.approx(0.5 * alone[name].item(), rel=1e-6)
+        assert losses[f"anchor_{name}"].item() == pytest.approx(retinanet[name].item(), rel=1e-6)
+        assert losses[f"free_{name}"].item() == pytest.approx(0.5 * free[name].item(), rel=1e-6)
 
 
 def test_both_branches_meet_in_one_class_wise_nms():
@@ -458,11 +429,11 @@ def test_both_branches_meet_in_one_class_wise_nms():
     model.base_anchors[:, :, 2:] = 16.0  # every anchor: 16 x 16 px to the lower right of its point
     logits, tblr = torch.full((1, 4, 3), -9.0), torch.zeros(1, 4, 4)
     anchor_logits, deltas = torch.full((1, 36, 3), -9.0), torch.zeros(1, 36, 4)
-    # Free: point (0, 0) of stride 8, class 1, reaches 17 px right and down: IoU with the anchor 256 / 289.
+    # The box of point (0, 0), class 1, reaches 17 px right and down: its IoU with the anchor is 256 / 289.
     logits[0, 0, 1], tblr[0, 0] = 1.0, torch.tensor([0., 17 / 32, 0., 17 / 32])
-    anchor_logits[0, 0, 1] = 2.0  # the better one of class 1: suppresses the free box
-    anchor_logits[0, 0, 2] = 0.0  # another class at the same place stays
-    logits[0, 3, 1], tblr[0, 3] = 0.5, torch.tensor([0., 0.25, 0., 0.25])  # elsewhere: 8 .. 16 px
+    anchor_logits[0, 0, 1] = 2.0  # the better box of class 1 suppresses that of the point
+    anchor_logits[0, 0, 2] = 0.0  # a box of another class at the same place stays
+    logits[0, 3, 1], tblr[0, 3] = 0.5, torch.tensor([0., 0.25, 0., 0.25])  # at another place, 8 .. 16 px
     outputs = {"logits": logits, "tblr": tblr, "anchor_logits": anchor_logits, "anchor_deltas": deltas,
                "shapes": [(2, 2)]}
     found, = model.detections(outputs, torch.tensor([[32, 32]]))
@@ -483,7 +454,7 @@ def test_forms_and_scales():
 # ---------------------------------------------------------------------------- the model as a whole
 
 FORMS = pytest.mark.parametrize("form", [{}, {"joint": True}, {"anchor_only": True}],
-                                ids=["free", "joint", "anchor"])
+                                ids=["anchor_free", "joint", "anchor_based"])
 
 
 @FORMS
@@ -499,12 +470,12 @@ def test_empty_images_give_zero_box_loss_with_a_graph(form):
 
 
 def test_cells_beyond_an_images_own_padding_learn_nothing():
-    # 40 x 50 px are padded to 64 x 64; the batch is 64 x 96. What the padding beyond holds cannot matter.
+    # An image of 40 x 50 px is padded to 64 x 64; the batch is 64 x 96. Outputs beyond 64 cannot matter.
     model = small_joint().train()
     images, sizes, boxes, labels = small_batch((2, 2))
     sizes[1] = torch.tensor([40, 50])
     outputs = model.network(images, sizes)
-    points, _ = image_points(outputs["shapes"])
+    points, _ = all_points(outputs["shapes"])
     beyond = points[:, 0] >= 64
     losses = model.losses(outputs, sizes, boxes, labels)
     outputs["logits"][1, beyond] = 5.0
@@ -524,9 +495,9 @@ def test_losses_are_float32_and_finite_under_autocast(form):
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
-def test_levels_are_selected_alike_under_autocast():
+def test_autocast_does_not_change_the_selected_levels():
     model = small_model().train()
-    arguments = free_arguments(model, *small_batch((3, 2)))
+    arguments = loss_arguments(model, *small_batch((3, 2)))
     plain, loss = level_losses(*arguments), fsaf_losses(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(level_losses(*arguments), plain)
@@ -555,11 +526,17 @@ def test_the_loss_step_compiles_without_graph_breaks(objects):
     assert_compiles(small_joint(), small_batch(objects))
 
 
-@pytest.mark.parametrize("make_model", [small_model, small_joint])
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, make_model):
-    assert_two_ranks_equal_one(make_model, small_batch((3, 0)), tmp_path)  # rank 1 has no object
+class TwoForms(torch.nn.Module):
+    """The anchor-free and the joint form side by side, so that one start of two ranks tests both."""
+
+    def __init__(self):
+        super().__init__()
+        self.forms = torch.nn.ModuleList((small_model(), small_joint()))
+
+    def forward(self, *batch):
+        return {f"{name}_{i}": loss for i, form in enumerate(self.forms)
+                for name, loss in form(*batch).items()}
 
 
-def test_focal_loss_at_logit_zero():
-    assert sigmoid_focal_loss(torch.zeros(2), torch.tensor([1., 0.])).tolist() == pytest.approx(
-        [POSITIVE, NEGATIVE])
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
+    assert_two_ranks_equal_one(TwoForms, small_batch((3, 0)), tmp_path)  # rank 1 has no object

@@ -1,14 +1,14 @@
 """--device npu on a stand-in that computes on the CPU (../shared/fake_npu); its errors without any."""
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import PROGRAMS, SHARED, environment, torchrun
 
 import evaluate
+import ops
 import train
 from ops import roi_align, roi_align_plain
 from train import SCALE_GROWTH_STEPS, LossScaler
@@ -29,7 +29,7 @@ FORM_NAMES = tuple(FORMS)
 AFFINE = ("--norm", "affine", "--lr", 0.0001)
 NO_KERNEL = ("cummax", "index_add", "linalg_inv")  # on an NPU
 # The NMS of the proposals: how many survive is known to the device alone.
-DYNAMIC_IN_TRAINING = {"defrcn.rpn_proposals index", "ops.nms_plain index", "ops.nms_plain equal"}
+DYNAMIC_IN_TRAINING = {"faster_rcnn.rpn_proposals index", "ops.nms_plain index", "ops.nms_plain equal"}
 
 
 def train_job(form, out, *words, device="npu", size=SMALL, **more) -> dict:
@@ -40,11 +40,9 @@ def train_job(form, out, *words, device="npu", size=SMALL, **more) -> dict:
 def run_jobs(folder, jobs: dict, ranks: int = 1) -> dict:
     """Results of npu_jobs.py by name, and "control"."""
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
-    command = [sys.executable, *(torchrun if ranks > 1 else ()), str(ROOT / "tests" / "npu_jobs.py"),
-               "jobs.json", "results.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, env={
-        **os.environ, "PYTHONPATH": str(STAND_IN), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, *torchrun(ranks), str(PROGRAMS / "npu_jobs.py"), "jobs.json", "results.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500,
+                          env=environment(PYTHONPATH=str(STAND_IN)))
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((folder / "results.json").read_text())
     return dict(zip(("control", *jobs), results, strict=True))
@@ -171,7 +169,8 @@ def assert_clean_step(form, result):
         assert not [name for name in operators if "torchvision" in name or any(b in name for b in NO_KERNEL)]
     assert {"convolution_backward", "convolution_backward_overrideable"} & set(step["operators"])
     waits, dynamic = dict(step["to_host"]), step.get("dynamic", {})
-    assert waits.pop("train.main _to_copy") == 2  # the flags that stop a run; the log line
+    assert waits.pop("train.any_rank _to_copy") == 1  # the flags that stop a run
+    assert waits.pop("runlog.write _to_copy") == 1
     if form in ("base", "novel"):
         assert set(dynamic) <= DYNAMIC_IN_TRAINING and set(waits) == {"ops.nms_plain equal"}
     else:
@@ -212,7 +211,7 @@ def test_pad_to_gives_every_step_one_shape(runs, form):
 
 
 def test_roi_align_without_a_kernel_is_float32_under_autocast(monkeypatch):
-    monkeypatch.setattr("ops._torchvision_ops", lambda _: None)
+    monkeypatch.setattr(ops, "USE_TORCHVISION", False)
     features, boxes = torch.rand(1, 8, 40, 40), torch.rand(1, 5, 2).repeat(1, 1, 2) * 300
     boxes[..., 2:] += 200
     with torch.autocast("cpu", torch.bfloat16):
@@ -263,9 +262,9 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("lines", "cuda", "message"), [
-    (None, None, "error: --device npu: torch_npu is not installed (see 'Ascend' in README.md)"),
+    (None, None, "error: --device npu: torch_npu is not installed (see docs/ascend.md)"),
     ("raise SystemError('must not be imported')", "13.2",
-     "error: --device npu needs the CPU build of torch, this is a CUDA build"),
+     "error: --device npu needs torch's CPU build, this is a CUDA build"),
     ("raise ImportError('libhccl.so: cannot open shared object file\\nmore')", None,
      "torch_npu cannot be imported (ImportError: libhccl.so: cannot open shared object file); it needs CANN"),
     ("import torch\ntorch._C._of_another_release", None, "torch_npu cannot be imported (AttributeError: "),
@@ -302,8 +301,6 @@ def test_torch_npu_is_imported_for_npu_alone(tmp_path):
     (tmp_path / "torch_npu-1.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 1.0\n")
     (tmp_path / "torch_npu-1.0.dist-info" / "entry_points.txt").write_text(
         "[torch.backends]\ntorch_npu = torch_npu:autoload\n")
-    lines = "import train, evaluate\nfor name in ('cpu', 'auto', 'cuda', 'npu'):\n    print(name)\n" \
-            "    try: evaluate.setup_device(name)\n    except SystemExit: pass\n"
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, env={
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, str(PROGRAMS / "choose_devices.py")], capture_output=True,
+                          text=True, env=environment(PYTHONPATH=str(tmp_path)))
     assert done.stdout.split() == ["cpu", "auto", "cuda", "npu", "imported"], done.stderr

@@ -1,4 +1,4 @@
-"""Boxes, losses and NMS against hand-made sums, slow Python loops and torchvision."""
+"""Boxes, anchors, losses and NMS against sums by hand, slow Python loops and torchvision."""
 import math
 import os
 import subprocess
@@ -23,9 +23,9 @@ def make_boxes(count, seed, side=200.0):
 
 
 def make_crowd(count, seed):
-    """Clustered integer boxes, some without area, with tied scores and three labels.
+    """Clustered integer boxes, some without area, with equal scores and three labels.
 
-    Integers keep every IoU, and the class offset that torchvision's batched_nms adds, free of rounding.
+    Integers avoid rounding in every IoU, and in the class offset that torchvision's batched_nms adds.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -66,7 +66,7 @@ def test_pairwise_iou_by_hand():
     boxes2 = torch.tensor([[0., 0., 4., 2.],   # itself
                            [2., 1., 6., 3.],   # 2*1 / (8 + 8 - 2) = 1/7
                            [4., 0., 6., 2.],   # touches
-                           [5., 5., 6., 6.],   # apart on both axes
+                           [5., 5., 6., 6.],   # disjoint on both axes
                            [1., 0., 2., 2.]])  # inside: 2 / 8
     torch.testing.assert_close(ops.pairwise_iou(boxes1, boxes2), torch.tensor([[1, 1 / 7, 0, 0, 0.25]]))
 
@@ -98,6 +98,68 @@ def test_clip_boxes_equals_torchvision(count):
     torchvision_ops = pytest.importorskip("torchvision.ops")
     boxes = make_boxes(count, seed=3) - 60
     assert torch.equal(ops.clip_boxes(boxes, 70, 90), torchvision_ops.clip_boxes_to_image(boxes, (70, 90)))
+
+
+def test_box_code_by_hand_and_back():
+    anchors, boxes = torch.tensor([[10., 10., 30., 50.]]), torch.tensor([[15., 30., 55., 50.]])
+    # Centres (20, 30) and (35, 40): 15 / 20 and 10 / 40. Sizes 20 x 40 and 40 x 20: ratios 2 and 1/2.
+    deltas = ops.encode_boxes(boxes, anchors)
+    assert deltas[0].tolist() == pytest.approx([0.75, 0.25, LN2, -LN2])
+    torch.testing.assert_close(ops.decode_boxes(deltas, anchors), boxes)
+    assert ops.encode_boxes(EMPTY, EMPTY).shape == ops.decode_boxes(EMPTY, EMPTY).shape == (0, 4)
+
+
+def test_a_decoded_side_grows_at_most_1000_sixteenths_times():
+    huge = ops.decode_boxes(torch.tensor([[0., 0., 99., 0.]]), torch.tensor([[10., 10., 30., 50.]]))
+    assert (huge[0, 2] - huge[0, 0]).item() == pytest.approx(20 * 1000 / 16)
+
+
+# ------------------------------------------------------------------------- points, anchors, predictions
+
+def test_grid_points_run_along_the_rows():
+    assert ops.grid_points(2, 3, 8, 4).tolist() == [[0, 0], [4, 0], [8, 0], [0, 8], [4, 8], [8, 8]]
+
+
+def test_cell_anchors_by_hand():
+    anchors = ops.cell_anchors(torch.tensor([8., 16.]), (1.0, 4.0))
+    # Size 8, ratio 4: width 8 / 2, height 8 * 2.
+    assert anchors.tolist() == [[[-4, -4, 4, 4], [-8, -8, 8, 8]], [[-2, -8, 2, 8], [-4, -16, 4, 16]]]
+
+
+def test_the_anchors_of_a_point_follow_each_other():
+    anchors = torch.tensor([[-1., -1., 1., 1.], [-2., -3., 2., 3.]])
+    placed = ops.place_anchors(anchors, torch.tensor([[10., 20.], [0., 5.]]))
+    assert placed.tolist() == [[9, 19, 11, 21], [8, 17, 12, 23], [-1, 4, 1, 6], [-2, 2, 2, 8]]
+
+
+def test_predictions_are_in_the_order_of_points_and_anchors():
+    # Each number tells its place: 100 * channel + 10 * row + column, channel = 2 * anchor + number.
+    channel, row, column = torch.meshgrid(torch.arange(4), torch.arange(2), torch.arange(3), indexing="ij")
+    level = (100 * channel + 10 * row + column)[None].half()
+    flat = ops.flatten_predictions([level, level[..., :1, :1]], 2)
+    expected = [[200 * a + 10 * y + x, 200 * a + 100 + 10 * y + x]
+                for points in ([(y, x) for y in range(2) for x in range(3)], [(0, 0)])
+                for y, x in points for a in range(2)]
+    assert flat.dtype == torch.float32 and flat.tolist() == [expected]
+
+
+def test_matches_equal_torchvisions_and_anchors_that_are_not_valid_match_nothing():
+    matcher = pytest.importorskip("torchvision.models.detection._utils").Matcher(
+        0.5, 0.4, allow_low_quality_matches=True)
+    unit = ops.cell_anchors(torch.tensor([4., 5., 6.3]), (0.5, 1.0, 2.0)).flatten(0, 1)  # in strides
+    anchors = torch.cat([ops.place_anchors(unit * s, ops.grid_points(256 // s, 384 // s, s, s))
+                         for s in (8, 16, 32, 64, 128)])
+    boxes = torch.tensor([[10., 12., 50., 60.], [60., 20., 150., 110.], [100., 100., 106., 107.],
+                          [20., 30., 90., 120.], [-1., -1., -1., -1.]])  # the last row is padding
+    labels = torch.tensor([0, 2, 1, 1, -1])
+    found = ops.match_anchors(anchors, boxes, labels, 0.5, 0.4)
+    assert torch.equal(found, matcher(ops.pairwise_iou(boxes[:4], anchors)))
+    assert set(found.tolist()) == {-2, -1, 0, 1, 2, 3}  # only the low-quality rule finds the small object 2
+    assert (ops.match_anchors(anchors, boxes[:0], labels[:0], 0.5, 0.4) == -1).all()
+    valid = torch.arange(len(anchors)) % 2 == 0  # the others match nothing, as if they were not there
+    again = ops.match_anchors(anchors, boxes, labels, 0.5, 0.4, valid)
+    assert torch.equal(again[valid], ops.match_anchors(anchors[valid], boxes, labels, 0.5, 0.4))
+    assert (again[~valid] == -2).all()
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -133,8 +195,8 @@ def test_focal_loss_of_extreme_logits_is_finite():
 
 MATCHED = torch.tensor([[0., 0., 3., 1.]] * 4)
 OTHERS = torch.tensor([[0., 0., 3., 1.],    # the same box
-                       [1., 0., 4., 1.],    # IoU 2 / (3 + 3 - 2), nothing else in the hull
-                       [3., 0., 6., 1.],    # touches: IoU 0, nothing else in the hull
+                       [1., 0., 4., 1.],    # IoU 2 / (3 + 3 - 2), the union fills the hull
+                       [3., 0., 6., 1.],    # touches: IoU 0, the union fills the hull
                        [9., 0., 12., 1.]])  # IoU 0; hull 12, union 6: GIoU = 0 - 6/12
 
 
@@ -164,7 +226,7 @@ def test_giou_loss_and_gradient_equal_torchvision(count):
 
 
 @pytest.mark.parametrize("loss", [ops.iou_loss, ops.giou_loss])
-def test_gradients_of_equal_disjoint_and_areless_boxes_are_finite(loss):
+def test_gradients_of_equal_and_disjoint_boxes_and_of_boxes_without_area_are_finite(loss):
     point = torch.tensor([[2., 2., 2., 2.]])
     pred = torch.cat((OTHERS, point)).requires_grad_()
     values = loss(pred, torch.cat((MATCHED, point)))
@@ -194,11 +256,17 @@ def test_areas_of_4000_px_boxes_do_not_overflow_half_precision(dtype):
         assert keep.tolist() == [1]
 
 
+def test_mean_over_one_rank_is_the_value_without_gradient():
+    value = torch.tensor([3., 5.], requires_grad=True)
+    mean = ops.mean_over_ranks(value * 2)
+    assert mean.tolist() == [6.0, 10.0] and not mean.requires_grad
+
+
 # ------------------------------------------------------------------------- non-maximum suppression
 
 def test_a_suppressed_box_suppresses_nothing():
-    # IoU of neighbours 6 / 14, of the next but one 2 / 18: each box is dropped by a kept neighbour or kept.
-    # The chain is longer than two blocks of the plain form.
+    # A chain of boxes, longer than two blocks of the plain form. The IoU of neighbours is 6 / 14, of the next
+    # but one 2 / 18: each box is either kept or suppressed by a kept neighbour.
     left = torch.arange(2 * ops.NMS_BLOCK + 88.) * 4
     boxes = torch.stack((left, left * 0, left + 10, left * 0 + 10), dim=1)
     scores = torch.linspace(1, 0, len(left))
@@ -254,17 +322,21 @@ def test_plain_nms_equals_torchvision_on_fractional_boxes():
 
 
 @pytest.mark.parametrize("count", [0, 1, 300])
-def test_nms_is_the_same_without_torchvision(count, monkeypatch):
+def test_results_are_the_same_without_torchvision(count, monkeypatch):
     pytest.importorskip("torchvision.ops")
     boxes, scores, labels = make_crowd(count, seed=11)
+    features = torch.randn(2, 3, 20, 24, generator=torch.Generator().manual_seed(12))
+    # On a CPU torchvision's NMS is used in compiled graphs only.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
     def run():
-        return ops.nms(boxes, scores, 0.6), ops.batched_nms(boxes, scores, labels, 0.6)
+        return (ops.nms(boxes, scores, 0.6), ops.batched_nms(boxes, scores, labels, 0.6),
+                ops.roi_align(features, boxes.clamp(max=300).expand(2, -1, -1), 7, 1 / 16))
 
     fast = run()
-    monkeypatch.setattr(ops, "_torchvision_ops", lambda device_type: None)
+    monkeypatch.setattr(ops, "USE_TORCHVISION", False)
     for with_torchvision, without in zip(fast, run()):
-        assert torch.equal(with_torchvision, without)
+        torch.testing.assert_close(with_torchvision, without)
 
 
 def test_ops_works_where_torchvision_is_absent_or_broken(tmp_path):
@@ -276,7 +348,8 @@ boxes = torch.tensor([[0., 0., 4., 4.], [0., 0., 4., 3.], [8., 8., 9., 9.]])
 scores = torch.tensor([0.5, 0.6, 0.7])
 def show():
     import ops
-    print(ops._torchvision_ops('cpu'), ops.nms(boxes, scores, 0.5).tolist(),
+    print(ops.roi_align(torch.ones(1, 1, 9, 9), boxes[None], 1, 1.0).flatten().tolist(),
+          ops.nms(boxes, scores, 0.5).tolist(),
           ops.batched_nms(boxes, scores, torch.tensor([0, 1, 0]), 0.5).tolist())
 sys.modules["torchvision"] = None  # absent
 show()
@@ -286,25 +359,20 @@ show()
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path},
                           capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["None [2, 1] [2, 1, 0]"] * 2, done.stderr
+    assert done.stdout.splitlines() == ["[1.0, 1.0, 1.0] [2, 1] [2, 1, 0]"] * 2, done.stderr
 
 
-def test_mean_over_one_rank_is_the_value_without_gradient():
-    value = torch.tensor([3., 5.], requires_grad=True)
-    mean = ops.mean_over_ranks(value * 2)
-    assert mean.tolist() == [6.0, 10.0] and not mean.requires_grad
-
-
-def test_classes_stay_apart_at_negative_coordinates():
-    # torchvision moves the second class by the largest coordinate + 1 = 21, which would lay one on the other.
+@pytest.mark.parametrize("compiling", [False, True])  # True: torchvision's NMS, where it can be imported
+def test_classes_do_not_meet_at_negative_coordinates(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    # torchvision shifts the second class by the largest coordinate + 1 = 21, which would put it on the first.
     boxes = torch.tensor([[10., 10., 20., 20.], [-11., -11., -1., -1.]])
     scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 1])
     assert ops.batched_nms(boxes, scores, labels, 0.5).tolist() == [0, 1]
-    assert ops.nms_plain(boxes, scores, 0.5, labels).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 300, 5000])
-def test_a_limit_keeps_the_best_of_what_is_kept(limit):
+def test_a_limit_keeps_the_best_of_the_kept_boxes(limit):
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(2000, 2, generator=generator) * 300
     boxes = torch.cat((corner, corner + 5 + torch.rand(2000, 2, generator=generator) * 40), dim=1)

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT, environment
 
+import fewshot
 import train
-from train import parse_args
 
 TINY = ("train.py", "--device", "cpu", "--batch-size", 2, "--workers", 1, "--log-every", 1,
         "--model", "defrcn", "--roi-samples", 4, "--proposals", 10, 5, "--min-size", 96, "--max-size", 128)
@@ -17,10 +18,9 @@ TINY = ("train.py", "--device", "cpu", "--batch-size", 2, "--workers", 1, "--log
 def base(tmp_path_factory):
     """A base-stage checkpoint of two steps."""
     folder = tmp_path_factory.mktemp("base")
-    root = train.Path(train.__file__).parent
-    command = [sys.executable, str(root / TINY[0]), *map(str, TINY[1:]), "--stage", "base",
+    command = [sys.executable, str(ROOT / TINY[0]), *map(str, TINY[1:]), "--stage", "base",
                "--max-steps", "2", "--no-eval", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(threads=2))
     assert done.returncode == 0, done.stderr
     assert ("base stage: disc, square, triangle, star, cross, ring (novel classes: arrow, heart)"
             in done.stdout)
@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_fine_tuning_scores_and_table(base, script, tmp_path):
+def test_fine_tuning_scores_and_table(base, script, in_process, tmp_path):
     for seed in (0, 1):
         code, out, err = script(*TINY, "--stage", "novel", "--shots", 1, "--seed", seed, "--init", base,
                                 "--max-steps", 2, "--pictures", 0)
@@ -50,22 +50,25 @@ def test_fine_tuning_scores_and_table(base, script, tmp_path):
                    for key in moved)
     assert {"backbone.layer3.0.conv1.weight", "rpn.conv.weight", "affine_roi.weight"} <= moved
 
-    code, out, err = script("evaluate.py", "--aggregate", *(tmp_path / "runs").iterdir(), "--out", "table")
-    assert code == 0, err
+    out = in_process(fewshot.main, "aggregate", *(tmp_path / "runs").iterdir(), "--out", "table")
     assert "FSOD" in out and "±" in out and "   2  " in out
     assert json.loads((tmp_path / "table" / "aggregate.json").read_text())[0]["seeds"] == [0, 1]
 
 
-@pytest.mark.slow
-def test_generalized_fine_tuning_keeps_the_base_rows(base, script, tmp_path):
-    words = ("--stage", "novel", "--generalized", "--shots", 1, "--init", base)
-    code, out, err = script(*TINY, *words, "--save-init", "surgery.pth")
-    assert code == 0 and "keeps the rows of disc, square, triangle, star, cross, ring, background" in out, err
-    old, new = (torch.load(path, weights_only=True) for path in (base, tmp_path / "surgery.pth"))
+def test_a_converted_checkpoint_keeps_the_base_rows(base, in_process, tmp_path):
+    out = in_process(fewshot.main, "convert", "--init", base, "--out", tmp_path / "converted.pth",
+                     "--generalized")
+    assert "keeps the rows of disc, square, triangle, star, cross, ring, background" in out
+    old, new = (torch.load(path, weights_only=True) for path in (base, tmp_path / "converted.pth"))
     assert new["names"][-2:] == ["arrow", "heart"] and new["step"] == 0
     weight = "predictor.cls_score.weight"
     assert torch.equal(new["model"][weight][:6], old["model"][weight][:6])
     assert torch.equal(new["model"][weight][-1], old["model"][weight][-1])
+
+
+@pytest.mark.slow
+def test_generalized_fine_tuning_scores_base_and_novel_classes(base, script, tmp_path):
+    words = ("--stage", "novel", "--generalized", "--shots", 1, "--init", base)
     code, out, err = script(*TINY, *words, "--max-steps", 2, "--pictures", 0, ranks=2)
     assert code == 0, err
     assert "bAP" in out and "nAP" in out
@@ -93,13 +96,3 @@ def test_mistakes_end_in_one_line(base, mistake, words, message):
     assert message in mistake(train.main, *TINY[1:], "--no-eval", *words)
 
 
-def test_published_settings_by_stage(base):
-    settings = ["--data", "coco", "--model", "defrcn"]
-    first = parse_args([*settings, "--stage", "base", "--weights", "R.pkl"])
-    assert (first.lr, first.weight_decay, first.freeze_at, first.clip, first.warmup_steps) == (
-        0.02, 5e-5, 3, 0, 1000)
-    assert first.min_size == [640, 672, 704, 736, 768, 800] and str(first.out) == "runs/defrcn_base"
-    tuned = parse_args([*settings, "--stage", "novel", "--shots", "5", "--init", str(base)])
-    assert (tuned.lr, tuned.warmup_steps, tuned.norm, tuned.backbone) == (0.01, 0, "frozen", "resnet18")
-    plain = parse_args([*settings[:2], "--model", "faster_rcnn"])
-    assert (plain.decouple, plain.freeze_at, plain.weight_decay) == (False, 2, 1e-4)

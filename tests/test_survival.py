@@ -6,29 +6,24 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PROGRAMS, torchrun, wait_for
 
-import data
+import checkpoint
+import recipes
+import runlog
 import train
-from train import trim_log
+from runlog import trim_log
+from runtime import UserError
+from shapes import OUTLINES
 
 TINY = ("train.py", "--device", "cpu", "--workers", 1, "--log-every", 1, "--out", "out", "--no-eval",
         "--train-split", "val")  # the small one
 TIMES = ("data_s", "step_s", "images_per_s", "memory_gb", "eta_s")
-
-
-def start(folder, *words, launcher=(), env=None):
-    """A script running in the background; what it prints is read from .stdout."""
-    command = [sys.executable, *launcher, str(ROOT / words[0]), *map(str, words[1:])]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                         "PYTHONUNBUFFERED": "1", **(env or {})})
 
 
 def rows(folder):
@@ -53,22 +48,21 @@ def assert_equal_weights(one, two):
 # ---------------------------------------------------------------------------------------------- killed
 
 @pytest.mark.slow
-def test_twenty_kills_cost_nothing(tmp_path):
+def test_twenty_kills_cost_nothing(background, tmp_path):
     """kill -9 at random moments and in the middle of writing a checkpoint; then all is as without."""
     steps = 45
     command = (*TINY, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--max-steps", steps,
                "--save-every", 1, "--log-every", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
-    out = start(whole, *command).communicate(timeout=300)[0]
+    out = background(whole, *command).communicate(timeout=300)[0]
     assert len(rows(whole)) == steps // 2 + 1, out
     moments = random.Random(0)
     in_writing = reached = 0
     for kill in range(20):
         resume = ("--resume",) if (killed / "out" / "last.pth").exists() else ()
-        run = start(killed, *command, *resume)
-        while not (line := run.stdout.readline()).startswith("step "):
-            assert run.poll() is None and line, f"kill {kill}: the run did not come up again"
+        run = background(killed, *command, *resume)
+        wait_for(run, "step ")
         time.sleep(moments.uniform(0, 0.6))
         temporary = killed / "out" / "last.pth.tmp"
         while kill % 2 and not (temporary.exists() and temporary.stat().st_size > 10 ** 6):
@@ -81,7 +75,7 @@ def test_twenty_kills_cost_nothing(tmp_path):
         reached = checkpoint["step"]
     print(f"20 kills, {in_writing} of them in the middle of writing; reached step {reached} of {steps}")
     assert in_writing >= 5 and reached < steps
-    out = start(killed, *command, "--resume").communicate(timeout=300)[0]
+    out = background(killed, *command, "--resume").communicate(timeout=300)[0]
     assert f"step {steps}/{steps}" in out
     assert_equal_weights(weights(killed), weights(whole))
     assert rows(killed) == rows(whole)
@@ -89,11 +83,9 @@ def test_twenty_kills_cost_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_takes_the_others_with_it(tmp_path):
-    run = start(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500,
-                launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
-    while not run.stdout.readline().startswith("step 3/"):
-        assert run.poll() is None
+def test_a_killed_rank_takes_the_others_with_it(background, tmp_path):
+    run = background(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500, launcher=torchrun(2))
+    wait_for(run, "step 3/")
     ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
     out = run.communicate(timeout=90)[0]
@@ -111,72 +103,46 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(tmp_path):
+def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(background, tmp_path):
     """RLIMIT_FSIZE stands for the full disk: the checkpoint does not fit, the log does."""
     command = (*TINY, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--max-steps", 8)
-    start(tmp_path, *command[:-1], 2).communicate(timeout=120)
+    background(tmp_path, *command[:-1], 2).communicate(timeout=120)
     before = (tmp_path / "out" / "last.pth").read_bytes()
-    limited = ("-c", "import os, resource, runpy, sys; sys.argv = sys.argv[1:];"
-                     "resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, -1));"
-                     "sys.path.insert(0, os.path.dirname(sys.argv[0]));"
-                     "runpy.run_path(sys.argv[0], run_name='__main__')")
-    run = start(tmp_path, *command, "--save-every", 2, "--resume", launcher=limited)
+    run = background(tmp_path, *command, "--save-every", 2, "--resume",
+                     launcher=(PROGRAMS / "limited_file_size.py",))
     out = run.communicate(timeout=120)[0]
     assert run.returncode == 1 and "Traceback" not in out
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: out/last.pth cannot be written") and "too large" in last
     assert (tmp_path / "out" / "last.pth").read_bytes() == before
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pth", "log.jsonl"}
-    out = start(tmp_path, *command, "--resume").communicate(timeout=120)[0]
+    out = background(tmp_path, *command, "--resume").communicate(timeout=120)[0]
     assert "step 8/8" in out and [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
 
 
 def test_one_folder_takes_one_run(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as one, open(tmp_path / "log.jsonl", "a") as two:
-        train.refuse_second_writer(one, tmp_path)
-        with pytest.raises(data.DataError, match="another run is writing there"):
-            train.refuse_second_writer(two, tmp_path)
+        runlog.refuse_second_writer(one, tmp_path)
+        with pytest.raises(UserError, match="another run is writing there"):
+            runlog.refuse_second_writer(two, tmp_path)
     with open(tmp_path / "log.jsonl", "a") as three:
-        train.refuse_second_writer(three, tmp_path)
+        runlog.refuse_second_writer(three, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- workers
 
-DEADLY = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import data, evaluate, train
-
-class Deadly(data.Shapes):  # picture 7 kills the process that reads it, as the kernel does for memory
-    def image(self, index, shrink=1.0):
-        if index == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().image(index, shrink)
-
-data.Shapes = Deadly
-evaluate.run_script({module}.main)
-"""
-
-
 @pytest.mark.slow
-def test_a_loader_process_that_dies_is_named_with_its_picture(tmp_path):
-    def run(module, *words):
-        (tmp_path / "deadly.py").write_text(DEADLY.format(root=str(ROOT), module=module))
-        return subprocess.run([sys.executable, "deadly.py", *map(str, words)], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    command = (*TINY[1:], "--batch-size", 2, "--min-size", 64, "--max-size", 64)
-    assert script_ok(run("train", *command, "--train-split", "train", "--max-steps", 1))
-    for done in (run("evaluate", "--ckpt", "out/last.pth", "--workers", 1),
-                 run("train", *command, "--max-steps", 100)):
-        last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+def test_a_loader_process_that_dies_is_named_with_its_image(script, tmp_path):
+    deadly = PROGRAMS / "deadly_loader.py"
+    command = (deadly, "train", *TINY[1:], "--batch-size", 2, "--min-size", 64, "--max-size", 64)
+    code, _, err = script(*command, "--train-split", "train", "--max-steps", 1)
+    assert code == 0, err
+    for words in ((deadly, "evaluate", "--ckpt", "out/last.pth", "--workers", 1),
+                  (*command, "--max-steps", 100)):
+        code, _, err = script(*words)
+        last = err.strip().splitlines()[-1]
+        assert code == 1 and "Traceback" not in err
         assert last.startswith("error: a loader process died at image 8 (shapes_val_00007) (")
-
-
-def script_ok(done):
-    assert done.returncode == 0, done.stderr
-    return True
 
 
 # ---------------------------------------------------------------------------------------------- ranks
@@ -193,21 +159,21 @@ def test_of_several_ranks_one_says_why(script, words, message):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_alone_stops_all_with_its_reason_once(script, tmp_path, coco_mini):
-    """One broken picture, which one of two ranks meets in the middle of the run."""
+    """One broken image, which one of two ranks meets in the middle of the run."""
     folder = tmp_path / "coco"
     (folder / "train2017").mkdir(parents=True)
     (folder / "annotations").symlink_to(coco_mini / "annotations")
-    for number, picture in enumerate(sorted((coco_mini / "train2017").iterdir())):
+    for number, image in enumerate(sorted((coco_mini / "train2017").iterdir())):
         if number == 50:
-            (folder / "train2017" / picture.name).write_bytes(b"\xff\xd8 this is no picture")
+            (folder / "train2017" / image.name).write_bytes(b"\xff\xd8 this is no image")
         else:
-            (folder / "train2017" / picture.name).symlink_to(picture)
+            (folder / "train2017" / image.name).symlink_to(image)
     began = time.time()
     code, out, err = script(*TINY, "--data", folder, "--weights", "none", "--backbone", "resnet18",
                             "--fpn-channels", 64, "--min-size", 64, "--max-size", 96, "--batch-size", 2,
                             "--train-split", "train2017", "--max-steps", 111, ranks=2, timeout=200)
     assert code != 0 and "step 1/111" in out and "step 111/" not in out and time.time() - began < 120
-    assert (out + err).count("cannot be read as a picture") == 1
+    assert (out + err).count("cannot be read as an image") == 1
     assert err.count("Traceback") == 1 and "ChildFailedError" in err  # torchrun's own
 
 
@@ -226,7 +192,7 @@ def test_sixteen_images_are_sixteen_images_on_1_2_or_4_ranks(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_two_ranks_of_one(script, tmp_path):
+def test_two_nodes_train_as_two_ranks_of_one(script, background, tmp_path):
     code, _, err = script(*SPREAD, ranks=2)
     assert code == 0, err
     expected = losses(tmp_path)
@@ -235,7 +201,7 @@ def test_two_nodes_train_as_two_ranks_of_one(script, tmp_path):
         port = free.getsockname()[1]
     agent = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
              f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test")
-    nodes = [start(tmp_path, *SPREAD, launcher=agent) for _ in range(2)]
+    nodes = [background(tmp_path, *SPREAD, launcher=agent) for _ in range(2)]
     outputs = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert sum("batch 16 = 2 rank(s)" in out for out in outputs) == 1  # rank 0 speaks, on one of the nodes
@@ -255,11 +221,10 @@ def test_resuming_says_what_changes(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interruption_of_one_rank_stops_all_after_the_step(tmp_path):
-    run = start(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500, "--log-every", 3,
-                launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
-    while not run.stdout.readline().startswith("step 3/"):
-        assert run.poll() is None
+def test_an_interruption_of_one_rank_stops_all_after_the_step(background, tmp_path):
+    run = background(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500, "--log-every", 3,
+                     launcher=torchrun(2))
+    wait_for(run, "step 3/")
     ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     with suppress(ProcessLookupError):
         os.kill(int(ranks[1]), signal.SIGTERM)
@@ -269,10 +234,9 @@ def test_an_interruption_of_one_rank_stops_all_after_the_step(tmp_path):
 
 
 def test_a_file_without_a_training_state_cannot_be_resumed(tmp_path, mistake):
-    model = train.build_model(vars(train.parse_args(["--max-steps", "2"])), 8)
-    content = {"model": model.state_dict(), "step": 0, "names": list(data.OUTLINES), "category_ids": [1],
-               "args": {key: str(value) if key == "out" else value
-                        for key, value in vars(train.parse_args(["--max-steps", "2"])).items()}}
-    train.save_checkpoint(tmp_path / "last.pth", content)
+    args = vars(recipes.parse_args(["--max-steps", "2"])[0])
+    content = {"model": checkpoint.build_model(args, 8).state_dict(), "step": 0, "names": list(OUTLINES),
+               "category_ids": [1], "args": {**args, "out": str(args["out"])}}
+    checkpoint.save_checkpoint(tmp_path / "last.pth", content)
     line = mistake(train.main, "--resume", tmp_path / "last.pth", "--device", "cpu")
     assert "last.pth: holds weights but no training to go on with: give it as --init" in line

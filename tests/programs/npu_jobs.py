@@ -1,6 +1,8 @@
 """Runs train.py and evaluate.py one after the other in this process, with an eye on what they do on the NPU.
 
-    python tests/npu_jobs.py JOBS.json RESULTS.json      (torch_npu, or the stand-in for it, on PYTHONPATH)
+    python tests/programs/npu_jobs.py JOBS.json RESULTS.json
+
+torch_npu, or the stand-in for it, must be on PYTHONPATH.
 
 A job is {"words": [script, argument, ...], "same_samples": bool, "env": {name: value}}. For test_npu.py:
 importing torch_npu changes a process, and each start of one costs seconds. Under torchrun, give one job.
@@ -14,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -22,11 +24,13 @@ import torch_npu  # before the first backward: autograd starts one thread per de
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import data
+import checkpoint
 import evaluate
+import shapes
 import train
+from runtime import run_main
 
-data.SHAPES_IMAGES.update(train=48, val=4)
+shapes.SHAPES_IMAGES.update(train=48, val=4)
 
 
 class Watch(TorchDispatchMode):
@@ -91,7 +95,7 @@ def run(job: dict) -> dict:
     step_watch, detect_watch = Watch(), Watch()
     npu = "npu" in job["words"]
     os.environ.update(job.get("env", {}))
-    kept = train.build_model, train.learning_rate, evaluate.detect
+    kept = checkpoint.build_model, train.learning_rate, evaluate.detect
 
     def build_model(*args):
         model = kept[0](*args)
@@ -115,7 +119,7 @@ def run(job: dict) -> dict:
         with detect_watch if npu else contextlib.nullcontext():
             return kept[2](*args)
 
-    train.build_model = evaluate.build_model = build_model
+    train.build_model = checkpoint.build_model = build_model
     train.learning_rate, evaluate.detect = learning_rate, detect
     recording = torch_npu.record() if npu else None
     script, *words = map(str, job["words"])
@@ -123,12 +127,12 @@ def run(job: dict) -> dict:
     text, start = io.StringIO(), time.time()
     try:
         with contextlib.redirect_stdout(text):
-            evaluate.run_script({"train.py": train.main, "evaluate.py": evaluate.main}[script])
+            run_main({"train.py": train.main, "evaluate.py": evaluate.main}[script])
     except SystemExit as stop:
         report["error"] = str(stop.code)
     finally:
-        train.build_model, train.learning_rate, evaluate.detect = kept
-        evaluate.build_model = kept[0]
+        checkpoint.build_model, train.learning_rate, evaluate.detect = kept
+        train.build_model = kept[0]
         for name in job.get("env", {}):
             del os.environ[name]
     out = Path(words[words.index("--out") + 1])

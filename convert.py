@@ -1,0 +1,368 @@
+"""Detectors of other code bases, recognised by their keys and renamed: FORMATS is the table of all of them.
+
+A reader (`fcos_from_mmdet`, ...) turns a state_dict into one under our names, for a strict load. It adds the
+pixel mean and std of the training in RGB, and flips conv1 where the weights saw BGR. Unknown keys stay.
+"""
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import defrcn
+import faster_rcnn
+from backbone import ARCHITECTURES, BN_EPS, CAFFE_PIXELS, TORCHVISION_PIXELS
+from data import COCO_CLASSES, COCO_IDS, COCO_NOVEL, VOC_CLASSES
+from fcos import CAFFE_PIXELS_IMPROVED, FCOS, PRE_NMS_TOP_K
+from fsaf import ANCHOR_SCALE, ASPECT_RATIOS, FSAF, IGNORE_SCALE, OCTAVES, STRIDES, base_anchors
+from ops import cell_anchors, grid_points, place_anchors, topk_candidates
+from weights import (
+    WeightsError,
+    extract_state_dict,
+    fill_missing_bn_stats,
+    rename_detectron2_resnet,
+    rename_keys,
+)
+
+State = dict[str, Tensor]  # a state_dict
+TORCHVISION_SCORE_THRESHOLD = 0.2  # torchvision's FCOS, on the square root of class score x centerness
+# First 8 digits of the SHA-256 of torchvision's published files: their batch norms had no epsilon.
+WITHOUT_EPS = ("99b0c9b7", "eeacb38b")  # fcos_resnet50_fpn_coco, retinanet_resnet50_fpn_coco
+TOWERS = {"cls": "cls_tower", "classification": "cls_tower", "reg": "box_tower", "regression": "box_tower"}
+
+
+# ------------------------------------------------------------------------------------- torchvision's models
+
+class TorchvisionFCOS(FCOS):
+    """FCOS in the improved form, with torchvision's points and its score sqrt(class score x centerness)."""
+
+    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
+                 norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
+                 score_threshold: float = TORCHVISION_SCORE_THRESHOLD):
+        super().__init__(num_classes, backbone, caffe, norm=norm, freeze_at=freeze_at,
+                         fpn_channels=fpn_channels, score_threshold=score_threshold)
+
+    def points(self, shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tensor, Tensor]:
+        _, strides, ranges = super().points(shapes, device)
+        return torch.cat(_torchvision_points(shapes, device)), strides, ranges
+
+    def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+        level_sizes = [height * width for height, width in outputs["shapes"]]
+        found = []
+        for logits, boxes, centerness in zip(outputs["logits"], self.boxes(outputs), outputs["centerness"]):
+            scores = (logits.sigmoid() * centerness.sigmoid()[:, None]).sqrt()
+            point, labels, scores = topk_candidates(scores, level_sizes, PRE_NMS_TOP_K, self.score_threshold)
+            found.append((boxes[point], scores, labels))
+        return found
+
+
+class TorchvisionRetinaNet(FSAF):
+    """RetinaNet, `FSAF(..., anchor_only=True)`, with torchvision's pyramid and anchor positions."""
+
+    p6_from, relu_before_p7 = "p5", True
+
+    def anchors(self, shapes: list[tuple[int, int]]) -> Tensor:
+        points = _torchvision_points(shapes, self.base_anchors.device)
+        return torch.cat([place_anchors(*level) for level in zip(self.base_anchors, points)])
+
+
+def _torchvision_points(shapes: list[tuple[int, int]], device) -> list[Tensor]:
+    """torchvision's points, L tensors (H*W, 2) px: corners of cells that are image size // map size apart."""
+    # That is less than the stride where the map size was rounded up.
+    image_height, image_width = (side * STRIDES[0] for side in shapes[0])
+    return [grid_points(height, width, image_height // height, image_width // width, device)
+            for height, width in shapes]
+
+
+# ------------------------------------------------------------------------------------------------- readers
+
+def fcos_from_mmdet(state: State, caffe: bool | None = None, original: bool | None = None) -> State:
+    """mmdetection's FCOS (2.x and 3.x), for `FCOS(..., caffe=caffe, original=original)`.
+
+    caffe: style of the backbone. original: form of the detector. None is the rule of the published files: a
+    ResNet has caffe style, a ResNeXt has not; the towers of the first form have no bias. Raises WeightsError.
+    """
+    renamed = _rename_mmdet(state, 3, {"conv_cls": "cls_logits", "conv_reg": "ltrb",
+                                       "conv_centerness": "centerness"})
+    if "head.centerness.weight" not in renamed or "backbone.layer1.0.conv2.weight" not in renamed:
+        raise WeightsError(f"not an FCOS of mmdetection: it has keys like {sorted(state)[:3]}")
+    if caffe is None:
+        conv2 = renamed["backbone.layer1.0.conv2.weight"]
+        caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet
+    if original is None:
+        original = "head.cls_tower.0.bias" not in renamed
+    caffe_pixels = CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED
+    return _with_pixels(renamed, caffe_pixels if caffe else TORCHVISION_PIXELS, bgr=caffe)
+
+
+def fsaf_from_mmdet(state: State, caffe: bool = False) -> State:
+    """mmdetection's FSAF, for `FSAF(...)`, or RetinaNet, for `FSAF(..., anchor_only=True)` (2.x and 3.x).
+
+    caffe: style of the backbone, which no key tells. Raises WeightsError.
+    """
+    channels = [len(value) for key, value in state.items() if key.endswith("retina_reg.weight")]
+    if channels == [4]:
+        renamed = _rename_mmdet(state, 2, {"retina_cls": "cls_logits", "retina_reg": "tblr"})
+    elif channels == [4 * len(OCTAVES) * len(ASPECT_RATIOS)]:
+        renamed = _rename_mmdet(state, 2, {"retina_cls": "anchor_logits", "retina_reg": "anchor_deltas"})
+        renamed["base_anchors"] = base_anchors()
+    else:
+        raise WeightsError(f"not an FSAF or RetinaNet of mmdetection: it has keys like {sorted(state)[:3]}")
+    return _with_pixels(renamed, CAFFE_PIXELS if caffe else TORCHVISION_PIXELS, bgr=caffe)
+
+
+def _rename_mmdet(state: State, tower_layers: int, predictors: dict[str, str]) -> State:
+    """tower_layers: layers of our towers per convolution, with norm and ReLU. predictors: {theirs: ours}."""
+    return rename_keys({key.removeprefix("module."): value for key, value in state.items()}, [
+        (r"^neck\.lateral_convs\.(\d)\.conv\.", r"fpn.lateral.\1."),
+        (r"^neck\.fpn_convs\.([012])\.conv\.", r"fpn.output.\1."),
+        (r"^neck\.fpn_convs\.3\.conv\.", "fpn.p6."), (r"^neck\.fpn_convs\.4\.conv\.", "fpn.p7."),
+        (r"^bbox_head\.(cls|reg)_convs\.(\d)\.(\w+)\.",  # the last group is "conv" or the name of the norm
+         lambda m: f"head.{TOWERS[m[1]]}.{tower_layers * int(m[2]) + (m[3] != 'conv')}."),
+        (r"^bbox_head\.scales\.(\d)\.scale$", r"head.scales.\1"),
+        *((rf"^bbox_head\.{theirs}\.", f"head.{ours}.") for theirs, ours in predictors.items()),
+        (r"^neck\.", "fpn."), (r"^bbox_head\.", "head.")])
+
+
+def fcos_from_adelaidet(state: State) -> State:
+    """AdelaiDet's FCOS with Detectron's ResNet-50 or ResNet-101, for `FCOS(..., caffe=True)`.
+
+    Its scores are the square roots of ours: the order of the detections is the same.
+    """
+    resnet, rest = _split_detectron2(state, ("backbone.bottom_up.",))
+    rest = _rename_authors(rest, [
+        (r"^backbone\.fpn_lateral(\d)", lambda m: f"fpn.lateral.{int(m[1]) - 3}"),
+        (r"^backbone\.fpn_output(\d)", lambda m: f"fpn.output.{int(m[1]) - 3}"),
+        (r"^backbone\.top_block\.", "fpn."), (r"^proposal_generator\.fcos_head\.", "head.")])
+    return _with_pixels(resnet | rest, CAFFE_PIXELS_IMPROVED, bgr=True)
+
+
+def fcos_from_first_repository(state: State) -> State:
+    """FCOS of the authors' first repository, for `FCOS(..., caffe=True, tower_bias=True)`.
+
+    Both forms have the same keys. Only the file name tells them apart: "imprv" is the improved form.
+    """
+    renamed = _rename_authors({key.removeprefix("module."): value for key, value in state.items()}, [
+        (r"^backbone\.body\.(stem\.)?", "backbone."),
+        (r"^backbone\.fpn\.fpn_inner(\d)", lambda m: f"fpn.lateral.{int(m[1]) - 2}"),
+        (r"^backbone\.fpn\.fpn_layer(\d)", lambda m: f"fpn.output.{int(m[1]) - 2}"),
+        (r"^backbone\.fpn\.top_blocks\.", "fpn."), (r"^rpn\.head\.", "head.")])
+    return _with_pixels(fill_missing_bn_stats(_change_bn_eps(renamed, 0.0)), CAFFE_PIXELS, bgr=True)
+
+
+def _rename_authors(state: State, rules: list[tuple]) -> State:
+    """rules: names of one of the authors' repositories, up to "head."; inside the head both have the same."""
+    renamed = rename_keys(rename_keys(state, rules), [
+        (r"^head\.bbox_tower", "head.box_tower"), (r"^head\.bbox_pred", "head.ltrb"),
+        (r"^head\.ctrness", "head.centerness"), (r"^head\.scales\.(\d)\.scale", r"head.scales.\1")])
+    return {k: v.reshape(()) if k.startswith("head.scales.") else v for k, v in renamed.items()}
+
+
+def fcos_from_torchvision(state: State, bn_eps: float = BN_EPS) -> State:
+    """torchvision's `fcos_resnet50_fpn`, for `TorchvisionFCOS`.
+
+    bn_eps: epsilon of its batch norms. torchvision sets 0 for its published COCO weights.
+    """
+    renamed = _rename_torchvision(state, bn_eps, {"cls_logits": "cls_logits", "bbox_reg": "ltrb",
+                                                  "bbox_ctrness": "centerness"})
+    return renamed | {f"head.scales.{i}": torch.tensor(1.0) for i in range(len(STRIDES))}
+
+
+def fsaf_from_torchvision(state: State, bn_eps: float = BN_EPS) -> State:
+    """torchvision's `retinanet_resnet50_fpn`, for `TorchvisionRetinaNet(..., anchor_only=True)`."""
+    renamed = _rename_torchvision(state, bn_eps, {"cls_logits": "anchor_logits", "bbox_reg": "anchor_deltas"})
+    # As `fsaf.base_anchors`, but sizes are cut to whole pixels (32, 40, 50, ...) and sides are rounded.
+    sizes = [[int(ANCHOR_SCALE * stride * 2 ** octave) for octave in OCTAVES] for stride in STRIDES]
+    anchors = [cell_anchors(torch.tensor(level), ASPECT_RATIOS).flatten(0, 1).round() for level in sizes]
+    return renamed | {"base_anchors": torch.stack(anchors)}
+
+
+def _rename_torchvision(state: State, bn_eps: float, predictors: dict[str, str]) -> State:
+    renamed = fill_missing_bn_stats(rename_keys(state, [
+        (r"^backbone\.body\.", "backbone."),
+        (r"^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?", r"fpn.lateral.\1."),
+        (r"^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?", r"fpn.output.\1."),
+        (r"^backbone\.fpn\.extra_blocks\.", "fpn."),
+        # RetinaNet's newer files number the pairs of convolution and ReLU in a tower, older ones all layers.
+        (r"^head\.(\w+)_head\.conv\.(\d)\.0\.", lambda m: f"head.{TOWERS[m[1]]}.{2 * int(m[2])}."),
+        (r"^head\.(\w+)_head\.conv\.", lambda m: f"head.{TOWERS[m[1]]}."),
+        *((rf"^head\.\w+_head\.{theirs}\.", f"head.{ours}.") for theirs, ours in predictors.items())]))
+    return _with_pixels(_change_bn_eps(renamed, bn_eps), TORCHVISION_PIXELS)
+
+
+def rcnn_from_detectron2(state: State) -> State:
+    """The official DeFRCN, for `DeFRCN`, or detectron2's Faster R-CNN C4, for `FasterRCNN`.
+
+    A file without a predictor (after the official "remove" surgery) gives one without. Raises WeightsError.
+    """
+    if not any(key.startswith(("backbone.res5.", "roi_heads.res5.")) for key in state):
+        raise WeightsError(f"not a Faster R-CNN C4 of detectron2: it has keys like {sorted(state)[:3]}")
+    resnet, rest = _split_detectron2(state, ("backbone.", "roi_heads.res5."))
+    rest = rename_keys(rest, [
+        (r"^proposal_generator\.rpn_head\.conv\.", "rpn.conv."),
+        (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
+        (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
+        (r"^roi_heads\.box_predictor\.cls_score\.", "predictor.cls_score."),
+        (r"^roi_heads\.box_predictor\.bbox_pred\.", "predictor.deltas."),
+        (r"^affine_rcnn\.", "affine_roi.")])
+    return _with_pixels(resnet | rest, faster_rcnn.PIXELS, bgr=True)
+
+
+def _split_detectron2(state: State, prefixes: tuple[str, ...]) -> tuple[dict, dict]:
+    """The ResNet (the keys with these prefixes) under our names, and the rest as it is."""
+    resnet = {k.removeprefix("roi_heads."): value for k, value in state.items() if k.startswith(prefixes)}
+    rest = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    return {f"backbone.{key}": value for key, value in rename_detectron2_resnet(resnet).items()}, rest
+
+
+def _change_bn_eps(state: State, bn_eps: float) -> State:
+    """Changes the variances so that a batch norm with BN_EPS computes what it did with bn_eps."""
+    return {k: v + (bn_eps - BN_EPS) if k.endswith("running_var") else v for k, v in state.items()}
+
+
+def _with_pixels(state: State, pixels: tuple[tuple, tuple], bgr: bool = False) -> State:
+    """Adds pixel_mean and pixel_std. bgr: the weights saw BGR, so conv1 is flipped."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in pixels)
+    conv1 = state.get("backbone.conv1.weight")
+    if conv1 is None:
+        raise WeightsError(f"a detector without a ResNet; it has keys like {sorted(state)[:3]}")
+    return state | {"pixel_mean": mean, "pixel_std": std,
+                    "backbone.conv1.weight": conv1.flip(1) if bgr else conv1}
+
+
+# ------------------------------------------------------------------------------------------------- formats
+
+class Format(NamedTuple):
+    """One format of files. A file has the first format of the table that fits it."""
+    name: str  # in messages
+    key: str  # every file of this format has this tensor
+    rows: int | None  # and it has this length, unless None
+    reader: Callable[..., State]
+    scores: str  # layer of the class scores, under our names
+    args: dict  # model arguments that differ from DEFAULT_ARGS and that no tensor tells
+
+
+DEFAULT_ARGS = {"original": False, "torchvision": False, "fsaf_branch": "free", "ignore_scale": None,
+                "decouple": True, "norm": "frozen", "freeze_at": 2, "min_size": [800], "max_size": 1333,
+                "pad_to": None, "data": None, "stage": None}
+FSAF_ARGS = {"model": "fsaf", "ignore_scale": IGNORE_SCALE}
+RCNN_ARGS = {"freeze_at": 3, "rpn_grad_scale": defrcn.RPN_GRAD_SCALE,
+             "roi_grad_scale": defrcn.ROI_GRAD_SCALE_BASE, "roi_samples": faster_rcnn.ROI_SAMPLES,
+             "proposals": list(faster_rcnn.POST_NMS_TOP_K)}
+FORMATS = (
+    Format("an FCOS of mmdetection", "bbox_head.conv_centerness.weight", None, fcos_from_mmdet,
+           "head.cls_logits", {"model": "fcos"}),
+    Format("an FSAF of mmdetection", "bbox_head.retina_reg.weight", 4, fsaf_from_mmdet,
+           "head.cls_logits", FSAF_ARGS | {"norm": "affine"}),
+    Format("a RetinaNet of mmdetection", "bbox_head.retina_reg.weight", None, fsaf_from_mmdet,
+           "head.anchor_logits", FSAF_ARGS | {"norm": "affine", "fsaf_branch": "anchor"}),
+    Format("an FCOS of AdelaiDet", "proposal_generator.fcos_head.ctrness.weight", None, fcos_from_adelaidet,
+           "head.cls_logits", {"model": "fcos"}),
+    Format("an FCOS of its authors' first repository (see --original)", "rpn.head.centerness.weight", None,
+           fcos_from_first_repository, "head.cls_logits", {"model": "fcos"}),
+    Format("an FCOS of torchvision", "head.regression_head.bbox_ctrness.weight", None, fcos_from_torchvision,
+           "head.cls_logits", {"model": "fcos", "torchvision": True}),
+    Format("a RetinaNet of torchvision", "head.regression_head.bbox_reg.weight", None, fsaf_from_torchvision,
+           "head.anchor_logits", FSAF_ARGS | {"torchvision": True, "fsaf_branch": "anchor"}),
+    Format("an official DeFRCN", "affine_rpn.weight", None, rcnn_from_detectron2,
+           "predictor.cls_score", RCNN_ARGS | {"model": "defrcn", "pool_size": defrcn.POOL_SIZE}),
+    Format("a Faster R-CNN C4 of detectron2", "roi_heads.res5.0.conv1.weight", None, rcnn_from_detectron2,
+           "predictor.cls_score",
+           RCNN_ARGS | {"model": "faster_rcnn", "pool_size": faster_rcnn.POOL_SIZE, "decouple": False}))
+
+
+def convert_detector(path: str | Path, content, original: bool) -> dict:
+    """A detector of another code base in the form of train.py's checkpoints.
+
+    content: from `weights.read_file`. original: an FCOS of the first repository has the first form. Returns
+    also format (its name), notes (lines to print), named (are the class names known?). Raises WeightsError.
+    """
+    state = {key.removeprefix("module."): value for key, value in extract_state_dict(content, path).items()}
+    meta = content["meta"] if isinstance(content.get("meta"), dict) else {}  # mmdetection's
+    found = _find_format(path, state)
+    options = _reader_options(found, meta)
+    try:
+        state = found.reader(state, **options)
+        args = DEFAULT_ARGS | found.args | _args_from_tensors(state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: looks like {found.name}, but: {error}") from error
+    if found.scores + ".weight" not in state:
+        raise WeightsError(f"{path}: is {found.name} without a predictor (after surgery?): give the "
+                           f"checkpoint from before it, --init does the surgery")
+    if found.reader is fcos_from_mmdet:
+        original = options.get("original", not args["tower_bias"])
+    args["original"] = original and found.reader in (fcos_from_mmdet, fcos_from_first_repository)
+    count = len(state[found.scores + ".weight"])
+    if found.scores == "predictor.cls_score":
+        count -= 1  # background
+    if found.scores == "head.anchor_logits":
+        count //= state["base_anchors"].shape[1]
+    if args["torchvision"]:
+        if hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(WITHOUT_EPS):
+            state = _change_bn_eps(state, 0.0)
+        if count == 91:  # one for every id of COCO, also for the 11 ids without a category
+            for key in (found.scores + ".weight", found.scores + ".bias"):
+                state[key] = state[key].unflatten(0, (-1, 91))[:, COCO_IDS].flatten(0, 1)
+            count = 80
+    names, remark = _class_names(meta, count, args["model"])
+    form = (", first form" if args["original"] else ", improved form") if args["model"] == "fcos" else ""
+    return {"model": state, "args": args, "step": 0, "format": found.name,
+            "notes": [f"{path}: {found.name}{form}, {args['backbone']}, {count} classes{remark}"],
+            "names": names or [f"class {i}" for i in range(count)], "named": names is not None,
+            "category_ids": COCO_IDS if names == COCO_CLASSES else list(range(1, count + 1))}
+
+
+def _find_format(path: str | Path, state: State) -> Format:
+    for found in FORMATS:
+        if found.key in state and found.rows in (None, len(state[found.key])):
+            return found
+    is_resnet = any(re.fullmatch(r"(stem\.)?conv1(\.weight|_w)", key) for key in state)
+    advice = ": an ImageNet backbone? train.py takes it as --weights" if is_resnet else ""
+    raise WeightsError(f"{path}: not a detector that is known here; it has {len(state)} tensors like "
+                       f"{sorted(state)[:3]}{advice}")
+
+
+def _reader_options(found: Format, meta: dict) -> dict:
+    """What the config that mmdetection saves tells a reader; {} without a config."""
+    config = "".join(str(meta.get("config", meta.get("cfg", ""))).split())
+    options, style = {}, re.search(r"style=['\"](caffe|pytorch)", config)
+    if style and found.reader in (fcos_from_mmdet, fsaf_from_mmdet):
+        options["caffe"] = style[1] == "caffe"
+    if "FCOSHead" in config and found.reader is fcos_from_mmdet:
+        options["original"] = "norm_on_bbox=True" not in config
+    return options
+
+
+def _args_from_tensors(state: State) -> dict:
+    """Model arguments that a state_dict under our names tells. Raises WeightsError."""
+    blocks = tuple(len({key.split(".")[2] for key in state if key.startswith(f"backbone.layer{i}.")})
+                   for i in (1, 2, 3, 4))
+    conv2 = state.get("backbone.layer1.0.conv2.weight", torch.zeros(0, 1))
+    found = (blocks, "backbone.layer1.0.conv3.weight" in state, len(conv2) // conv2.shape[1], conv2.shape[1])
+    backbone = [name for name, architecture in ARCHITECTURES.items() if architecture == found]
+    if not backbone:
+        raise WeightsError(f"its backbone is none of {', '.join(ARCHITECTURES)} (blocks per stage: {blocks})")
+    lateral = state.get("fpn.lateral.0.weight")
+    return {"backbone": backbone[0], "caffe": bool((state["pixel_std"] == 1).all()),
+            "fpn_channels": 256 if lateral is None else len(lateral),
+            "tower_bias": "head.cls_tower.0.bias" in state if "head.centerness.weight" in state else None,
+            "cosine": "predictor.cls_score.weight" in state and "predictor.cls_score.bias" not in state}
+
+
+def _class_names(meta: dict, count: int, model: str) -> tuple[list[str] | None, str]:
+    """Names in mmdetection's meta, else the usual names of so many classes, else None; and a remark."""
+    dataset = meta.get("dataset_meta")
+    dataset = dataset if isinstance(dataset, dict) else meta
+    written = dataset.get("classes") or dataset.get("CLASSES")
+    if isinstance(written, (list, tuple)) and len(written) == count:
+        return [str(name) for name in written], ""
+    usual = [COCO_CLASSES, list(VOC_CLASSES)]
+    if model in ("defrcn", "faster_rcnn"):  # few-shot: all classes, base classes, novel classes
+        usual = [COCO_CLASSES, [name for name in COCO_CLASSES if name not in COCO_NOVEL], list(COCO_NOVEL)]
+    for names in usual:
+        if len(names) == count:
+            return names, f", not named, taken for {names[0]}, {names[1]}, ..."
+    return None, ", which it does not name"

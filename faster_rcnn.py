@@ -1,0 +1,365 @@
+"""Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks (arXiv 1506.01497).
+
+This is the form with a ResNet "C4" backbone, as in Detectron and detectron2:
+
+    image -> conv1 .. layer3 -> feature ("C4", stride 16) -> RPN -> proposals
+                                   |                                   |
+                                   +---------> RoIAlign <--------------+
+                                                   |
+                                                layer4 -> mean -> class and box of every RoI
+
+Stage one is the region proposal network (Sec. 3.1). Stage two is the detector of Fast R-CNN
+(arXiv 1504.08083) on the same feature. Both train together ("approximate joint training", Sec. 3.2).
+
+Letters: B images, C classes, G gt objects of one image (padded), H W height and width of the feature map,
+N anchors, R proposals or RoIs, D channels. The last class logit of a RoI, index C, is background.
+`# DIFFERS:` marks departures from the paper; docs/differences.md lists them.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone import ResNet, normalise_images
+from ops import (
+    cell_anchors,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    final_detections,
+    flatten_predictions,
+    grid_points,
+    match_anchors,
+    mean_over_ranks,
+    nms,
+    pairwise_iou,
+    place_anchors,
+    roi_align,
+)
+
+STRIDE = 16  # px per cell of the shared feature
+PIXELS = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))  # RGB mean and std of detectron2's published models
+
+# ---- region proposal network (section numbers: Faster R-CNN)
+# DIFFERS: five sizes as in Detectron; the paper has the last three, and 64 in addition on COCO.
+ANCHOR_SIZES = (32, 64, 128, 256, 512)  # square root of the area, px
+ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width (Sec. 3.3)
+RPN_FOREGROUND_IOU, RPN_BACKGROUND_IOU = 0.7, 0.3  # Sec. 3.1.2
+RPN_SAMPLES, RPN_POSITIVES = 256, 128  # sampled anchors per image, at most this many positive (Sec. 3.1.3)
+PRE_NMS_TOP_K = (12000, 6000)  # anchors before NMS in training, at inference (Detectron)
+POST_NMS_TOP_K = (2000, 1000)  # proposals in training (Sec. 3.3), at inference (Detectron)
+RPN_NMS_THRESHOLD = 0.7  # Sec. 3.3
+
+# ---- RoI head
+POOL_SIZE = 14  # side of the RoIAlign grid (Detectron's C4 models)
+ROI_FOREGROUND_IOU = 0.5  # Fast R-CNN, Sec. 2.3
+ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # RoIs per image in training (Detectron; Fast R-CNN, Sec. 2.3)
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # scale of the box deltas of a RoI (Detectron)
+
+# ---- detections (Detectron)
+SCORE_THRESHOLD = 0.05
+NMS_THRESHOLD = 0.5
+MAX_DETECTIONS = 100
+
+
+# ------------------------------------------------------------------------ region proposal network
+
+class RPN(nn.Module):
+    """Region proposal network: objectness and box of every anchor (Sec. 3.1, Fig. 3).
+
+    forward: (B, D, H, W) -> objectness logits (B, N), deltas (B, N, 4), both float32, in the order of
+    `all_anchors`.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        per_cell = len(ANCHOR_SIZES) * len(ASPECT_RATIOS)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, per_cell, 1)
+        self.deltas = nn.Conv2d(channels, per_cell * 4, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)  # Sec. 3.1.3
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.conv(feature).relu()
+        objectness = flatten_predictions([self.objectness(hidden)], 1).squeeze(-1)
+        return objectness, flatten_predictions([self.deltas(hidden)], 4)
+
+
+def all_anchors(height: int, width: int, device=None) -> Tensor:
+    """Anchors of a feature map of height x width cells (Sec. 3.1.1).
+
+    They are centred on the upper left corner of each cell and may cross the border of the image.
+    Returns (N, 4) float32 xyxy, pixels of the padded image. Cells are in the row-major order of
+    `feature.flatten(2)`. In a cell, all aspect ratios of one size precede the next size.
+    """
+    sizes = torch.tensor(ANCHOR_SIZES, dtype=torch.float32, device=device)
+    anchors = cell_anchors(sizes, ASPECT_RATIOS).transpose(0, 1).reshape(-1, 4)
+    return place_anchors(anchors, grid_points(height, width, STRIDE, STRIDE, device))
+
+
+# ---- sampling
+
+def random_priorities(count: int, device) -> Tensor:
+    """Random priorities (count,): `subsample_labels` takes the elements with the smallest ones."""
+    return torch.rand(count, device=device)
+
+
+@torch.no_grad()
+def subsample_labels(positive: Tensor, negative: Tensor, count: int, max_positive: int,
+                     priorities: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples at most `max_positive` positives, then negatives up to `count` elements (Sec. 3.1.3).
+
+    positive, negative: (N,) bool. priorities: (N,) float; the smallest are sampled first.
+    Returns the sampled positives (N,) bool and the sampled negatives (N,) bool. Together they are fewer than
+    `count` if there are not enough elements.
+    """
+    positive = positive & (_sampling_order(priorities, positive) < max_positive)
+    negative = negative & (_sampling_order(priorities, negative) < count - positive.sum())
+    return positive, negative
+
+
+def _sampling_order(priorities: Tensor, mask: Tensor) -> Tensor:
+    """Position (N,) int64 at which each element of the mask is sampled; other elements come after them."""
+    return torch.where(mask, priorities, math.inf).argsort(stable=True).argsort()
+
+
+def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
+    """boxes (G, 4) at index (N,). A negative index gives a box of zeros. G may be 0."""
+    return F.pad(boxes, (0, 0, 0, 1))[torch.where(index < 0, len(boxes), index)]
+
+
+# ---- losses and proposals
+
+def rpn_losses(objectness: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
+               sample_order: Callable = random_priorities) -> dict[str, Tensor]:
+    """Objectness loss and box loss of RPN_SAMPLES sampled anchors per image (Eq. 1).
+
+    objectness: (B, N) logits; deltas: (B, N, 4); anchors: (N, 4) px; gt_boxes: (B, G, 4) px;
+    gt_labels: (B, G) int64, < 0 for padding and crowds. sample_order: see `FasterRCNN`.
+    Returns {"rpn_cls": (), "rpn_box": ()}. Without objects the box loss is 0 and has a gradient of zeros.
+    """
+    # DIFFERS: anchors that cross the image border are trained (detectron2); the paper ignores them.
+    # DIFFERS: the box loss is L1 over the number of samples (detectron2). The paper has smooth L1, multiplied
+    # by lambda = 10 and divided by the number of cells, about 2400.
+    cls_loss, box_loss = [], []
+    for logit, delta, boxes, labels in zip(objectness, deltas, gt_boxes, gt_labels):
+        match = match_anchors(anchors, boxes, labels, RPN_FOREGROUND_IOU, RPN_BACKGROUND_IOU)
+        positive, negative = subsample_labels(match >= 0, match == -1, RPN_SAMPLES, RPN_POSITIVES,
+                                              sample_order(len(match), match.device))
+        cross_entropy = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
+        cls_loss.append(torch.where(positive | negative, cross_entropy, 0.0).sum())
+        # An anchor without an object gets itself as the target: its logarithms are finite, its weight is 0.
+        target = encode_boxes(torch.where(positive[:, None], _gather_boxes(boxes, match), anchors), anchors)
+        box_loss.append(torch.where(positive[:, None], (delta - target).abs(), 0.0).sum())
+    norm = RPN_SAMPLES * len(objectness)  # constant, even if fewer anchors could be sampled (Detectron)
+    return {"rpn_cls": torch.stack(cls_loss).sum() / norm, "rpn_box": torch.stack(box_loss).sum() / norm}
+
+
+@torch.no_grad()
+def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Tensor, pre_nms_top_k: int,
+                  post_nms_top_k: int) -> tuple[Tensor, Tensor]:
+    """Proposals of one image: the best anchors, decoded, clipped to the image, after NMS (Sec. 3.3).
+
+    objectness: (N,) logits; deltas: (N, 4); anchors: (N, 4) px; size: (2,) height, width before padding.
+    Returns boxes (post_nms_top_k, 4) px, best first, and valid (post_nms_top_k,) bool. The number of rows is
+    fixed: rows that NMS leaves empty are zeros and not valid.
+    """
+    scores, best = objectness.topk(min(pre_nms_top_k, len(objectness)))
+    boxes = clip_boxes(decode_boxes(deltas[best], anchors[best]), *size)
+    valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1) & scores.isfinite()
+    # An invalid box becomes an empty one with the lowest score: it suppresses nothing and comes last.
+    boxes, scores = torch.where(valid[:, None], boxes, 0.0), torch.where(valid, scores, -math.inf)
+    kept = nms(boxes, scores, RPN_NMS_THRESHOLD, post_nms_top_k)
+    # Padded first and cut afterwards, so that torch.export sees a fixed number of rows.
+    kept = torch.cat((kept, kept.new_full((post_nms_top_k,), -1)))[:post_nms_top_k]
+    valid = (kept >= 0) & valid[kept]
+    return torch.where(valid[:, None], boxes[kept], 0.0), valid
+
+
+# ---------------------------------------------------------------------------------------- RoI head
+
+@torch.no_grad()
+def sample_rois(proposals: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: Tensor, num_classes: int,
+                count: int = ROI_SAMPLES, sample_order: Callable = random_priorities):
+    """Training RoIs of one image, sampled from proposals and gt boxes (Fast R-CNN, Sec. 2.3).
+
+    At most ROI_POSITIVE_FRACTION of them are positive.
+    proposals: (R, 4) px; valid: (R,) bool; gt_boxes: (G, 4) px; gt_labels: (G,) int64, < 0 for padding and
+    crowds. sample_order: see `FasterRCNN`. G may be 0.
+    Returns rois (count, 4) px, positives first; labels (count,) int64, where num_classes is background and
+    -1 marks a padding row; target boxes (count, 4) px, zeros for RoIs that are not positive.
+    """
+    is_object = gt_labels >= 0
+    boxes, valid = torch.cat((proposals, gt_boxes)), torch.cat((valid, is_object))
+    boxes, valid = F.pad(boxes, (0, 0, 0, count)), F.pad(valid, (0, count))  # there are always `count` rows
+    # The IoU of two boxes without area is NaN: padding rows have none.
+    iou = torch.where(is_object[:, None], pairwise_iou(gt_boxes, boxes).nan_to_num(0.0), 0.0)
+    # One more row with IoU 0, so that the maximum exists without gt boxes.
+    best_iou, index = F.pad(iou, (0, 0, 0, 1)).max(dim=0)
+    # DIFFERS: background starts at IoU 0 (detectron2), in Fast R-CNN at 0.1.
+    foreground, background = valid & (best_iou >= ROI_FOREGROUND_IOU), valid & (best_iou < ROI_FOREGROUND_IOU)
+    positive, negative = subsample_labels(foreground, background, count, int(count * ROI_POSITIVE_FRACTION),
+                                          sample_order(len(boxes), boxes.device))
+    labels = torch.where(positive, F.pad(gt_labels, (0, 1), value=-1)[index],
+                         torch.where(negative, num_classes, -1))
+    chosen = torch.where(positive, 0, torch.where(negative, 1, 2)).argsort(stable=True)[:count]
+    return boxes[chosen], labels[chosen], _gather_boxes(gt_boxes, torch.where(positive, index, -1)[chosen])
+
+
+class Predictor(nn.Module):
+    """Class logits and one box per class of every RoI (Fast R-CNN, Sec. 2).
+
+    classifier: class or function (channels, outputs) -> layer of the class logits.
+    forward: pooled features (R, D) -> logits (R, C + 1), deltas (R, C, 4), float32.
+    """
+
+    def __init__(self, channels: int, num_classes: int, classifier: Callable = nn.Linear):
+        super().__init__()
+        self.cls_score = classifier(channels, num_classes + 1)
+        self.deltas = nn.Linear(channels, num_classes * 4)
+        for layer, std in ((self.cls_score, 0.01), (self.deltas, 0.001)):  # Fast R-CNN, Sec. 2.3
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x).float(), self.deltas(x).unflatten(1, (-1, 4)).float()
+
+
+def roi_losses(logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor,
+               target_boxes: Tensor) -> dict[str, Tensor]:
+    """Cross entropy and box loss per sampled RoI (Fast R-CNN, Eq. 1).
+
+    logits: (R, C + 1) and deltas: (R, C, 4) of all images; rois, target_boxes: (R, 4) px; labels: (R,) int64,
+    where C is background and -1 has no loss.
+    Returns {"cls": (), "box": ()}. Without positives the box loss is 0 and has a gradient of zeros.
+    """
+    num_classes = deltas.shape[1]
+    sampled, positive = labels >= 0, (labels >= 0) & (labels < num_classes)
+    # DIFFERS: the count is the mean over ranks, so N ranks equal one; detectron2 takes each rank's own count.
+    count = mean_over_ranks(sampled.sum().float()).clamp(min=1)
+    cls_loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+    # RoIs that are not positive get a unit box as RoI and target: its logarithms are finite, its weight is 0.
+    unit = rois.new_tensor([0.0, 0.0, 1.0, 1.0])
+    rois, target_boxes = (torch.where(positive[:, None], boxes, unit) for boxes in (rois, target_boxes))
+    target = encode_boxes(target_boxes, rois) * rois.new_tensor(DELTA_WEIGHTS)
+    own_class = torch.where(positive, labels, 0)[:, None, None].expand(-1, 1, 4)
+    # DIFFERS: the box loss is L1 (detectron2), in Fast R-CNN smooth L1.
+    box_loss = (deltas.gather(1, own_class).squeeze(1) - target).abs()
+    return {"cls": torch.where(sampled, cls_loss, 0.0).sum() / count,
+            "box": torch.where(positive[:, None], box_loss, 0.0).sum() / count}
+
+
+def roi_candidates(logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor,
+                   score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates for NMS in one image: every class of every RoI with its own box.
+
+    logits: (R, C + 1); deltas: (R, C, 4); proposals: (R, 4) px; valid: (R,) bool.
+    Returns boxes (R * C, 4) px, scores (R * C,), labels (R * C,) int64. The score is 0 where it does not
+    exceed the threshold or the proposal is not valid.
+    """
+    scores = logits.softmax(dim=-1)[:, :-1]
+    boxes = decode_boxes(deltas / deltas.new_tensor(DELTA_WEIGHTS), proposals[:, None])
+    scores = torch.where(valid[:, None] & (scores > score_threshold), scores, 0.0)
+    labels = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
+    return boxes.flatten(0, 1), scores.flatten(), labels
+
+
+# ------------------------------------------------------------------------------------------- model
+
+class FasterRCNN(nn.Module):
+    """Faster R-CNN with a C4 backbone.
+
+    num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`. pool_size: side
+    of the RoIAlign grid. roi_samples: RoIs per image in training. post_nms_top_k: number of proposals in
+    training, at inference. sample_order: function (count, device) -> priorities (count,) of anchors and of
+    RoIs, see `random_priorities`. predictor: class or function (channels, num_classes) -> `Predictor`.
+
+    images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width before padding;
+    gt_boxes (B, G, 4) px; gt_labels (B, G) int64, -1 = padding, -2 = crowd.
+    train(): model(images, sizes, gt_boxes, gt_labels) -> {"rpn_cls", "rpn_box", "cls", "box"}, each ()
+    eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
+    """
+
+    size_divisor = 1  # a batch is padded to its largest image and not rounded up, as published
+
+    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = True,
+                 pool_size: int = POOL_SIZE, norm: str = "frozen", freeze_at: int = 2,
+                 roi_samples: int = ROI_SAMPLES, post_nms_top_k: tuple[int, int] = POST_NMS_TOP_K,
+                 score_threshold: float = SCORE_THRESHOLD, sample_order: Callable = random_priorities,
+                 predictor: Callable = Predictor):
+        super().__init__()
+        self.num_classes, self.pool_size = num_classes, pool_size
+        self.roi_samples, self.post_nms_top_k = roi_samples, tuple(post_nms_top_k)
+        self.score_threshold, self.sample_order = score_threshold, sample_order
+        self.backbone = ResNet(backbone, caffe, norm, freeze_at)  # layer4 belongs to the RoI head
+        channels, pooled_channels = self.backbone.out_channels[-2:]
+        self.rpn = RPN(channels)
+        self.predictor = predictor(pooled_channels, num_classes)
+        for name, value in zip(("pixel_mean", "pixel_std"), PIXELS):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
+
+    def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None,
+                gt_labels: Tensor | None = None):
+        if self.training:
+            return self.losses(images, sizes, gt_boxes, gt_labels)
+        return self.detections(self.network(images, sizes), sizes)
+
+    def features(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of the RPN and input of the RoI head, here the same: (B, D, H / STRIDE, W / STRIDE) each."""
+        images = normalise_images(images, sizes, self.pixel_mean, self.pixel_std)
+        feature = self.backbone(images, last=3)[-1]
+        return feature, feature
+
+    @torch.compiler.disable  # shapes inside NMS depend on the data: it runs between two compiled graphs
+    def proposals(self, objectness: Tensor, deltas: Tensor, anchors: Tensor,
+                  sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """`rpn_proposals` of all images: boxes (B, R, 4) px and valid (B, R) bool, without gradient."""
+        mode = 0 if self.training else 1
+        pre_nms, post_nms = PRE_NMS_TOP_K[mode], self.post_nms_top_k[mode]
+        found = [rpn_proposals(logit, delta, anchors, size, pre_nms, post_nms)
+                 for logit, delta, size in zip(objectness.detach(), deltas.detach(), sizes)]
+        return tuple(torch.stack(part) for part in zip(*found))
+
+    def predict(self, feature: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B * R, C + 1) and deltas (B * R, C, 4) of rois (B, R, 4) px."""
+        # DIFFERS: RoIAlign, as in Detectron; the paper has RoI pooling, which rounds boxes to cells.
+        pooled = roi_align(feature, rois, self.pool_size, 1 / STRIDE)
+        return self.predictor(self.backbone.layer4(pooled).mean(dim=(2, 3)))
+
+    def losses(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> dict[str, Tensor]:
+        """`rpn_losses` and `roi_losses`; the training loss is their sum."""
+        rpn_feature, roi_feature = self.features(images, sizes)
+        objectness, deltas = self.rpn(rpn_feature)
+        anchors = all_anchors(*rpn_feature.shape[-2:], rpn_feature.device)
+        proposals, valid = self.proposals(objectness, deltas, anchors, sizes)
+        sampled = [sample_rois(*image, self.num_classes, self.roi_samples, self.sample_order)
+                   for image in zip(proposals, valid, gt_boxes, gt_labels)]
+        rois, labels, targets = (torch.stack(part) for part in zip(*sampled))
+        logits, roi_deltas = self.predict(roi_feature, rois)
+        return {**rpn_losses(objectness, deltas, anchors, gt_boxes, gt_labels, self.sample_order),
+                **roi_losses(logits, roi_deltas, rois.flatten(0, 1), labels.flatten(), targets.flatten(0, 1))}
+
+    def network(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """{"proposals" (B, R, 4) px, "valid" (B, R) bool, "logits" (B, R, C + 1), "deltas" (B, R, C, 4)}."""
+        rpn_feature, roi_feature = self.features(images, sizes)
+        objectness, deltas = self.rpn(rpn_feature)
+        anchors = all_anchors(*rpn_feature.shape[-2:], rpn_feature.device)
+        proposals, valid = self.proposals(objectness, deltas, anchors, sizes)
+        logits, deltas = self.predict(roi_feature, proposals)
+        return {"proposals": proposals, "valid": valid, "logits": logits.unflatten(0, valid.shape),
+                "deltas": deltas.unflatten(0, valid.shape)}
+
+    def candidates(self, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`roi_candidates` of every image from the outputs of `network`; their shapes are fixed."""
+        images = zip(*(outputs[name] for name in ("logits", "deltas", "proposals", "valid")))
+        return [roi_candidates(*image, self.score_threshold) for image in images]
+
+    def detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Candidates of every image after class-wise NMS; see `ops.final_detections`."""
+        return [final_detections(*candidates, *size, NMS_THRESHOLD, MAX_DETECTIONS)
+                for candidates, size in zip(self.candidates(outputs), sizes)]

@@ -1,0 +1,141 @@
+"""What a training run writes down: its environment, log lines on the screen, the file log.jsonl."""
+from runtime import Place, UserError, atomic_write, print0  # first: torch must not be imported before it
+
+# isort: split
+import argparse
+import fcntl
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def environment(place: Place) -> str:
+    """One line: versions, device, number of ranks, commit."""
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
+    return (f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+            f"{place.device.type} ({device_name(place.device)}), {place.world} rank(s), commit {commit}")
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the accelerator, or the processor and its number of threads."""
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GB: on the device, or resident memory on a CPU."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if platform.system() == "Darwin" else 1024) / 1e9
+    return torch.get_device_module(device).max_memory_allocated() / 1e9
+
+
+class RunLog:
+    """Mean losses and times since the last log line: printed, and a line of log.jsonl.
+
+    start: the first step of this process.
+    """
+
+    def __init__(self, args: argparse.Namespace, start: int, place: Place):
+        self.args, self.start, self.place = args, start, place
+        self.logged, self.loss_sums = start, {}  # the step of the last line; sums of losses since then
+        self.data_seconds, self.clock = 0.0, time.perf_counter()
+        self.file = open_log(args, start) if place.rank == 0 else None
+
+    def state_dict(self) -> dict:
+        return {"logged": self.logged,
+                "loss_sums": {name: value.cpu() for name, value in self.loss_sums.items()}}
+
+    def load_state_dict(self, state: dict):
+        self.logged = state["logged"]
+        self.loss_sums = {name: value.to(self.place.device) for name, value in state["loss_sums"].items()}
+
+    def add(self, losses: dict[str, torch.Tensor], accumulate: int):
+        for name, value in losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0) + value.detach() / accumulate
+
+    def restart_clock(self):
+        self.clock = time.perf_counter()
+
+    def write(self, done: int, lr: float, max_steps: int, steps_per_epoch: int):
+        """The line after `done` steps. Every rank must call this."""
+        means = torch.stack(list(self.loss_sums.values())) / (done - self.logged)
+        if self.place.world > 1:
+            dist.all_reduce(means)
+        means = dict(zip(self.loss_sums, (means / self.place.world).tolist()))
+        timed, seconds = done - max(self.logged, self.start), time.perf_counter() - self.clock
+        row = {"step": done, "epoch": round(done / steps_per_epoch, 3), "loss": sum(means.values()), **means,
+               "lr": lr, "data_s": self.data_seconds / timed, "step_s": seconds / timed,
+               "images_per_s": timed * self.args.batch_size / seconds,
+               "memory_gb": peak_memory(self.place.device), "eta_s": (max_steps - done) * seconds / timed}
+        if self.args.compile:
+            row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        print0(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
+               + "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *means))
+               + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  "
+                 f"{row['images_per_s']:.1f} images/s  {row['memory_gb']:.2f} GB  "
+                 f"ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}"
+               + (f"  {row['graphs']} graphs" if self.args.compile else ""))
+        if self.file:
+            print(json.dumps(row), file=self.file, flush=True)
+        self.loss_sums, self.data_seconds, self.logged = {}, 0.0, done
+        self.restart_clock()
+
+
+def open_log(args: argparse.Namespace, start: int):
+    """log.jsonl, locked. A resumed run continues it; a new run in a used folder keeps the old files."""
+    path = args.out / "log.jsonl"
+    if path.exists():
+        with open(path, "a") as file:  # before anything is moved
+            refuse_second_writer(file, args.out)
+    if not args.resume:
+        for name in ("last.pth", "log.jsonl"):
+            if (args.out / name).exists():
+                number = next(n for n in range(1, 10 ** 6) if not (args.out / f"earlier{n}_{name}").exists())
+                os.replace(args.out / name, args.out / f"earlier{number}_{name}")
+                print0(f"{args.out / name} of an earlier run is now earlier{number}_{name}")
+    elif args.resume.parent == args.out:
+        trim_log(path, start)
+    file = open(path, "a")
+    refuse_second_writer(file, args.out)
+    return file
+
+
+def refuse_second_writer(log_file, out: Path):
+    """Stops if another run has this log open: both would write the same checkpoint.
+
+    The system releases the lock when the process ends, even after kill -9.
+    """
+    try:
+        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another run is writing there; choose another folder") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def trim_log(path: Path, step: int):
+    """Removes the lines after `step`, and a last line that is cut off: the resumed run writes them again."""
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+        except ValueError:
+            continue
+    with atomic_write(path) as file:
+        file.writelines(lines)

@@ -1,0 +1,227 @@
+"""Where a script runs and how it ends: device, ranks, precision, files that appear whole, one-line errors."""
+import os
+
+# Scripts import this file before torch, which would import an installed torch_npu: only --device npu should.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import argparse
+import importlib.util
+import json
+import signal
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+# Rank 0 scores while the others wait in a collective, so the limit is far above torch's 10 minutes.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message names the file or value and says what to do."""
+
+
+# ------------------------------------------------------------------------------------------ device and ranks
+
+class Place(NamedTuple):
+    """Where this process runs."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1  # number of ranks
+
+
+def setup_device(name: str, amp: str = "off") -> Place:
+    """Chooses the device; under torchrun it also starts the process group.
+
+    name: auto (cuda if there is one, else cpu), cuda, npu or cpu. amp: a key of AMP that the device must
+    support. Raises SystemExit with one line.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if amp == "fp16" and name == "cpu":
+        raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda, but torch sees no CUDA GPU "
+                         "(use --device cpu, or check the driver)")
+    if name == "npu":
+        _import_npu()
+    local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if name != "cpu":
+        module = torch.get_device_module(name)
+        if local_rank >= module.device_count():
+            raise SystemExit(f"error: {os.environ.get('LOCAL_WORLD_SIZE', world)} ranks on this machine, but "
+                             f"{module.device_count()} {name} devices")
+        device = torch.device(name, local_rank)
+        module.set_device(device)
+    if world > 1:
+        dist.init_process_group(BACKENDS[name], timeout=COLLECTIVE_TIMEOUT)
+    return Place(device, int(os.environ.get("RANK", 0)), world)
+
+
+def _import_npu():
+    found = importlib.util.find_spec("torch_npu")
+    if found is None or not found.origin:  # a folder with that name has no origin
+        raise SystemExit("error: --device npu: torch_npu is not installed (see docs/ascend.md)")
+    # A CUDA build with torch_npu aborts the process. The stand-in of the tests runs on every build.
+    if torch.version.cuda and "STAND_IN = True" not in Path(found.origin).read_text(encoding="utf-8"):
+        raise SystemExit("error: --device npu needs torch's CPU build, this is a CUDA build (docs/ascend.md)")
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # ImportError without CANN; any error with another torch release
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SystemExit(f"error: --device npu: torch_npu cannot be imported ({reason}); it needs CANN and "
+                         f"the torch_npu release that matches torch {torch.__version__}") from None
+    if torch.npu.device_count() == 0:
+        raise SystemExit("error: --device npu, but torch_npu sees no NPU (npu-smi info lists them)")
+    torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
+    torch.npu.config.allow_internal_format = False  # else convolutions convert their tensors to and fro
+
+
+def autocast(device: torch.device, amp: torch.dtype | None):
+    """Context of mixed precision in the type `amp`; None switches it off."""
+    return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
+
+
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """Layout of weights and images: channels last, except on an NPU, where torch_npu refuses it."""
+    return torch.contiguous_format if torch.device(device).type == "npu" else torch.channels_last
+
+
+def synchronize(device: torch.device):
+    """Waits until the device has finished."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def gather_objects(value, world: int) -> list:
+    """The value of every rank, in the order of ranks. Every rank must call it."""
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def print0(*args):
+    """print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def make_folder(path: Path):
+    """Makes an output folder, before any work is done for it. Raises UserError if that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be used as a folder ({error})") from error
+
+
+@contextmanager
+def atomic_write(path: Path):
+    """A binary file that appears at `path` complete or not at all.
+
+    It is written under a temporary name, flushed to disk, then moved. Raises OSError that names the path; a
+    file that was there before is then untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = f"{error.__context__ or error}".splitlines()[0]
+        raise OSError(f"{path} cannot be written ({reason}); what was there before is untouched") from error
+
+
+def write_json(path: Path, content):
+    """A JSON file, see `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content).encode())
+
+
+# ------------------------------------------------------------------------------------------ end of a script
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with one-line errors, printed by rank 0 only: all ranks have the same arguments."""
+
+    def error(self, message: str):
+        if int(os.environ.get("RANK", 0)):
+            raise SystemExit(2)
+        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM set `received` instead of stopping: a training step ends and is saved first."""
+
+    def __init__(self):
+        self.received = False
+        self._default = {number: signal.signal(number, self._note)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, *_):
+        self.received = True
+
+    @contextmanager
+    def at_once(self):
+        """Inside, a signal stops the process at once: nothing there has to be saved."""
+        for number, handler in self._default.items():
+            signal.signal(number, handler)
+        yield
+        for number in self._default:
+            signal.signal(number, self._note)
+
+
+def run_main(main, explain=None):
+    """Calls main() and turns a user's mistake into one line instead of a traceback.
+
+    explain: a function that gets an unexpected error and returns its line, or None for a bug. With several
+    ranks, only the first to fail prints the reason; the others usually fail as a consequence.
+    """
+    try:
+        main()
+        if dist.is_initialized():  # after a failure this could wait for ranks that never come
+            dist.destroy_process_group()
+        return
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        reason = stop.code
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    except torch.OutOfMemoryError as error:
+        reason = (f"error: out of memory: {str(error).splitlines()[0]} Try smaller parts: --micro-batch in "
+                  f"training, --batch-size in evaluation")
+    except UserError as error:
+        # An error in a loader process arrives with the traceback of that process around its message.
+        reason = f"error: {str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()}"
+    except Exception as error:
+        known = (explain and explain(error)) or (isinstance(error, OSError) and error)
+        if not known and _fails_first():
+            raise
+        reason = f"error: {known}" if known else 1
+    raise SystemExit(reason if reason == 1 or _fails_first() else 1)
+
+
+def _fails_first() -> bool:
+    """Whether this rank is the first of its run to fail, counted in the store in which the ranks met."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10))
+        return store.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # rank 0 kept the store and is gone
+        return int(os.environ["RANK"]) == 0

@@ -1,0 +1,110 @@
+"""Which value an argument takes, and where it comes from."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from fcos import FCOS
+from recipes import parse_args as parse
+from recipes import resolve
+
+
+def parse_args(words):
+    return parse(words)[0]
+
+
+def test_defaults_depend_on_the_data():
+    shapes, coco, scratch = (parse_args([]), parse_args(["--data", "coco"]),
+                             parse_args(["--data", "c", "--weights", "none"]))
+    assert ((shapes.backbone, shapes.min_size, shapes.norm, shapes.freeze_at)
+            == ("resnet18", [128], "batch", 0))
+    assert ((coco.backbone, coco.weights, coco.min_size, coco.max_size)
+            == ("resnet50", "resnet50", [800], 1333))
+    assert (coco.norm, coco.freeze_at, coco.lr, coco.epochs) == ("frozen", 2, 0.01, None)
+    assert (coco.optimizer, coco.weight_decay, coco.batch_size) == ("sgd", 1e-4, 16)
+    # Random weights must not be frozen.
+    assert (scratch.norm, scratch.freeze_at, scratch.optimizer) == ("batch", 0, "adamw")
+    fsaf = parse_args(["--data", "coco", "--model", "fsaf"])
+    assert (fsaf.norm, fsaf.clip, coco.clip, fsaf.fsaf_branch, fsaf.out) == (
+        "affine", 10, 35, "free", Path("runs/fsaf"))
+    joint = parse_args(["--model", "fsaf", "--fsaf-joint"])
+    assert (joint.fsaf_branch, joint.ignore_scale, fsaf.ignore_scale) == ("both", 0.5, 0.2)
+    assert joint.out == Path("runs/fsaf_joint")
+    files = parse_args(["--train-json", "a", "--train-images", "b", "--no-eval"])  # not the built-in set
+    assert (files.backbone, files.min_size, files.batch_size) == ("resnet50", [800], 16)
+
+
+def test_a_layer_decides_and_is_named(tmp_path, capsys):
+    """The command line wins over the checkpoint, this over the built-in set, this over the recipe."""
+    model = FCOS(3, "resnet18", fpn_channels=64)
+    torch.save({"model": model.state_dict(), "names": ["a", "b", "c"], "category_ids": [1, 2, 3], "step": 1,
+                "args": {"model": "fcos", "backbone": "resnet18", "fpn_channels": 64, "original": True,
+                         "lr": 5.0}}, tmp_path / "c.pth")
+    with pytest.raises(SystemExit) as stop:
+        parse(["--init", str(tmp_path / "c.pth"), "--show-recipe", "--batch-size", "2"])
+    assert not stop.value.code
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, value, source in (("batch_size", "2", "command line"), ("original", "True", "c.pth"),
+                                ("min_size", "[128]", "built-in shapes"), ("lr", "0.01", "recipe of fcos"),
+                                ("clip", "35.0", "recipe of fcos"), ("amp", "off", "default"),
+                                ("schedule_steps", "130000", "published")):
+        assert f" {value} " in rows[name] and source in rows[name], rows[name]
+
+
+def test_a_length_in_steps_replaces_one_in_epochs():
+    steps, epochs = parse_args(["--max-steps", "5"]), parse_args(["--epochs", "2"])
+    assert (steps.max_steps, steps.epochs) == (5, None) and (epochs.max_steps, epochs.epochs) == (None, 2)
+    saved = {"path": "c.pth", "args": {"model": "fcos", "max_steps": 7, "epochs": None}}
+    names = list(vars(steps))
+    values, sources = resolve({"resume": "c.pth"}, saved, names)
+    assert (values["max_steps"], values["epochs"], sources["max_steps"]) == (7, None, "c.pth")
+    values, _ = resolve({"resume": "c.pth", "epochs": 3.0}, saved, names)
+    assert (values["max_steps"], values["epochs"]) == (None, 3)
+
+
+def test_voc_data_change_the_few_shot_stages(tmp_path):
+    (tmp_path / "VOC2007").mkdir()
+    given = {"data": str(tmp_path), "model": "defrcn", "stage": "novel", "shots": 10, "init": "c.pth"}
+    names = list(vars(parse_args([])))
+    values, sources = resolve(given, None, names)
+    assert (values["roi_grad_scale"], values["use_difficult"]) == (0.001, True)
+    assert sources["roi_grad_scale"] == "published recipe, novel stage on VOC"
+    assert (values["schedule_steps"], values["schedule_drops"]) == (4000, (3200,))
+    values, _ = resolve({**given, "data": "coco"}, None, names)
+    assert (values["roi_grad_scale"], values["use_difficult"]) == (0.01, False)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--batch-size", "-2"], "--batch-size must be positive"), (["--lr", "0"], "--lr must be positive"),
+    (["--backbone", "vgg"], "invalid choice: 'vgg'"), (["--epochs", "1", "--max-steps", "5"], "not both"),
+    (["--clip", "-1"], "--clip must not be negative"), (["--lr", "nan"], "--lr must be positive"),
+    (["--train-json", "a", "--train-images", "b"], "give --val-json"),
+    (["--pad-to", "0", "9"], "--pad-to must be positive"),
+    (["--fpn-channels", "40"], "multiple of 64"), (["--freeze-at", "9"], "0..5"),
+    (["--loss-scale", "big"], "'dynamic' or a positive number"),
+    (["--min-size", "0"], "--min-size must be positive"),
+    (["--model", "fsaf", "--original"], "--original is a form of FCOS"),
+    (["--fsaf-joint"], "belong to --model fsaf"),
+    (["--model", "fsaf", "--fsaf-branch", "anchor", "--ignore-scale", "0.5"], "anchor has none"),
+    (["--model", "fsaf", "--ignore-scale", "0.1"], "--ignore-scale must be 0.2 (no ring) to 1, not 0.1")])
+def test_wrong_arguments_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(words)
+    assert message in capsys.readouterr().err
+
+
+
+
+def test_published_settings_by_stage(tmp_path):
+    base = tmp_path / "base.pth"
+    torch.save({"model": {}, "names": ["a"], "category_ids": [1], "step": 1,
+                "args": {"model": "defrcn", "backbone": "resnet18", "stage": "base"}}, base)
+    settings = ["--data", "coco", "--model", "defrcn"]
+    first = parse_args([*settings, "--stage", "base", "--weights", "R.pkl"])
+    assert (first.lr, first.weight_decay, first.freeze_at, first.clip, first.warmup_steps) == (
+        0.02, 5e-5, 3, 0, 1000)
+    assert first.min_size == [640, 672, 704, 736, 768, 800] and str(first.out) == "runs/defrcn_base"
+    tuned = parse_args([*settings, "--stage", "novel", "--shots", "5", "--init", str(base)])
+    assert (tuned.lr, tuned.warmup_steps, tuned.norm, tuned.backbone) == (0.01, 0, "frozen", "resnet18")
+    plain = parse_args([*settings[:2], "--model", "faster_rcnn"])
+    assert (plain.decouple, plain.freeze_at, plain.weight_decay) == (False, 2, 1e-4)
