@@ -176,7 +176,9 @@ def first_images(args) -> DetectionDataset:
     """The first --pictures images of --data, without objects."""
     whole = open_dataset(args.data, args.split)
     count = min(args.pictures, len(whole))
-    return Subset(whole, range(count), [()] * count, whole.names)
+    dataset = Subset(whole, range(count), [()] * count, whole.names)
+    dataset.category_ids = list(range(CLASSES))  # the models detect as many in any data
+    return dataset
 
 
 def infer_part(args, device: torch.device):

@@ -113,7 +113,7 @@ def read_checkpoint(path: str | Path, original: bool = False) -> dict:
 def _fit_to_model(path: str | Path, converted: dict) -> dict:
     """Leaves out the tensors that the model of a converted detector does not have, and lists them in a note.
 
-    converted: from `convert_detector`. Raises WeightsError if a tensor of the model is missing, or if a tensor
+    converted: from `convert_detector`. Raises WeightsError if a tensor of the model is missing or if a tensor
     of the detector itself would be left out.
     """
     state = converted["model"]

@@ -184,7 +184,8 @@ def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Ten
 
 @torch.no_grad()
 def sample_rois(proposals: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: Tensor, num_classes: int,
-                count: int = ROI_SAMPLES, sample_order: Callable = random_priorities):
+                count: int = ROI_SAMPLES,
+                sample_order: Callable = random_priorities) -> tuple[Tensor, Tensor, Tensor]:
     """Training RoIs of one image, sampled from proposals and gt boxes (Fast R-CNN, Sec. 2.3).
 
     At most ROI_POSITIVE_FRACTION of them are positive.

@@ -13,7 +13,7 @@ Every feature cell predicts class scores, the distances to the four sides of its
 Letters: B images, C classes, G gt objects of one image (padded), L levels, P points over all levels,
 H W feature height and width. Points are concatenated from the finest level to the coarsest, each level in the
 row-major order of `feature.flatten(2)`.
-`# DIFFERS:` marks where the paper and published implementations disagree; the README lists these places.
+`# DIFFERS:` marks where papers and published implementations disagree; docs/differences.md lists them.
 """
 import math
 

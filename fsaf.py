@@ -11,7 +11,7 @@ Letters: B images, C classes, G gt objects of one image (padded), L levels, P po
 A anchors per point, N = P * A anchors, H W feature height and width. Points are concatenated from the finest
 level to the coarsest, each level in the row-major order of `feature.flatten(2)`. The anchors of a point
 follow each other.
-`# DIFFERS:` marks where the paper and published implementations disagree; the README lists these places.
+`# DIFFERS:` marks where papers and published implementations disagree; docs/differences.md lists them.
 """
 import math
 from typing import NamedTuple
@@ -46,7 +46,8 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 EFFECTIVE_SCALE = 0.2  # epsilon_e: side of the effective region, as a fraction of the side of the box
 IGNORE_SCALE_JOINT = 0.5  # epsilon_i: the same for the ignore region
 # DIFFERS: the paper has an ignore region around the effective region in every form. mmdetection's best
-# anchor-free model has none: both scales are equal (R-50: 37.4 AP; 36.0 with the paper's).
+# anchor-free model has none: both scales are equal (R-50: 37.4 AP; 36.0 with the paper's
+# scales).
 IGNORE_SCALE = 0.2
 CROWD_SCALE = 0.5  # the middle part of a crowd region, where nothing is learned (mmdetection)
 # DIFFERS: a region must cover this share of a cell's square, as in mmdetection: a large cell that touches the
@@ -55,7 +56,7 @@ MIN_COVERED = 0.01
 NORMALIZER = 4.0  # S: unit of the predicted distances, in strides
 # DIFFERS: start of the predicted distances, from mmdetection; the paper's is 0.1.
 INITIAL_DISTANCE = 0.25
-MIN_DISTANCE = 1e-4  # in training only: a side of 0 makes the IoU 0, and then no side has a gradient
+MIN_DISTANCE = 1e-4  # in training only: with a width or height of 0 the IoU has no gradient
 NO_LOSS = 1e6  # stands for the loss of an object on a level where it has no effective cell
 LAMBDA = 0.5  # weight of the anchor-free losses in the joint form
 
@@ -175,10 +176,10 @@ def valid_points(points: Tensor, sizes: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- targets
 
 class AnchorFreeTargets(NamedTuple):
-    """Assignment of points to objects on all levels, before each object selects one."""
+    """Assignment of points to G > 0 objects on all levels, before each object selects one."""
     gt_index: Tensor  # (..., P) int64: the object in whose effective region the point lies, -1 = none
     ignore_region: Tensor  # (..., P, G) bool: the point lies in the effective or ignore region of that object
-    ignored: Tensor  # (..., P) bool: in a crowd or beyond the padding of the image, where nothing is learned
+    ignored: Tensor  # (..., P) bool: in the middle of a crowd or beyond the padding: learns nothing
 
 
 @torch.no_grad()

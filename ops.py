@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 USE_TORCHVISION = True  # False: the plain forms of NMS and RoIAlign everywhere
-MAX_GROWTH = 1000 / 16  # of a decoded side over the anchor's at most, so that exp stays finite (Detectron)
+MAX_GROWTH = 1000 / 16  # a decoded side is at most this many times its anchor's: exp stays finite (Detectron)
 NMS_BLOCK = 256  # boxes that the plain NMS decides at once: more mean fewer rounds, but a larger IoU matrix
 
 
 # ---------------------------------------------------------------------------------------------- boxes
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Areas (...,) float32 of boxes (..., 4). Inverted boxes are not treated apart."""
+    """Areas (...,) float32 of boxes (..., 4). They are not clamped: an inverted box may have one below 0."""
     boxes = boxes.float()
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
@@ -65,7 +65,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
 def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
     """Boxes from deltas and anchors: the inverse of `encode_boxes`.
 
-    deltas: (..., 4), anchors: (..., 4) px. A side grows at most MAX_GROWTH times. Returns (..., 4) float32 px.
+    deltas: (..., 4), anchors: (..., 4) px. Returns (..., 4) float32 px. MAX_GROWTH limits the sides.
     """
     deltas, anchors = deltas.float(), anchors.float()
     anchor_size = anchors[..., 2:] - anchors[..., :2]
@@ -374,8 +374,8 @@ def clip_candidates(boxes: Tensor, scores: Tensor, height, width) -> tuple[Tenso
 
 
 def final_detections(boxes: Tensor, scores: Tensor, labels: Tensor, height, width, nms_threshold: float,
-                     count: int) -> dict[str, Tensor]:
-    """Detections of one image from its candidates: clipping, class-wise NMS, the `count` best.
+                     max_detections: int) -> dict[str, Tensor]:
+    """Detections of one image from its candidates: clipping, class-wise NMS, the max_detections best.
 
     boxes: (M, 4) px, scores: (M,), 0 = no candidate, labels: (M,) int64; M may be 0. height, width: size of
     the image without padding.
@@ -384,5 +384,5 @@ def final_detections(boxes: Tensor, scores: Tensor, labels: Tensor, height, widt
     boxes, scores = clip_candidates(boxes, scores, height, width)
     valid = scores > 0
     boxes, scores, labels = boxes[valid], scores[valid], labels[valid]
-    keep = batched_nms(boxes, scores, labels, nms_threshold, count)
+    keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}

@@ -1,438 +1,170 @@
-"""Other people's detectors: recognised by their keys, exact after renaming, refused if not whole."""
-import builtins
-import json
-import os
-import pickle
-import re
-import sys
-from types import ModuleType
-
-import numpy as np
+"""Checkpoints: they rebuild their models, start trainings, and are written whole or not at all."""
 import pytest
 import torch
-from helpers import GOLDEN
 
-import evaluate
-from backbone import WeightsError, read_weight_file
-from checkpoint import COCO_CLASSES, COCO_IDS, load_init, load_model, read_checkpoint, save_checkpoint
-from data import load_coco
-from defrcn import DeFRCN
+from checkpoint import build_model, load_init, load_model, read_checkpoint, save_checkpoint
+from convert import TorchvisionFCOS, TorchvisionRetinaNet
+from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN
+from faster_rcnn import FasterRCNN
 from fcos import FCOS
 from fsaf import FSAF
+from weights import WeightsError
 
-BASIC = {"backbone": "resnet18", "norm": "frozen", "freeze_at": 2}
-
-
-def filled(model):
-    """The model with random weights, batch norms near the identity, and head outputs that spread."""
-    generator = torch.Generator().manual_seed(0)
-    for key, value in model.state_dict().items():
-        if key.endswith("running_var"):
-            value.uniform_(0.9, 1.1, generator=generator)
-        elif key.endswith("running_mean"):
-            value.uniform_(-0.1, 0.1, generator=generator)
-        elif key.endswith(("bn3.weight", "bn2.weight")) and value.ndim == 1:
-            value.fill_(0.3)
-        elif ("head" in key or "predictor" in key) and value.ndim > 1:
-            value.normal_(std=value[0].numel() ** -0.5, generator=generator)
-    return model.eval()
-
-
-def picture(height, width, size_divisor=32):
-    """A smooth random picture (3, height, width) uint8, and the batch it makes."""
-    coarse = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(1)) * 255
-    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].to(torch.uint8)
-    padded = (-(-side // divisor) * divisor for side in (height, width))
-    batch = torch.zeros(1, 3, *padded, dtype=torch.uint8)
-    batch[0, :, :height, :width] = image
-    return image, batch, torch.tensor([[height, width]])
+NAMES = ["a", "b", "c"]
+# As train.py writes them; other keys of its arguments are left out.
+ARGS = {"model": "fcos", "backbone": "resnet18", "caffe": False, "norm": "batch", "freeze_at": 0,
+        "fpn_channels": 64, "original": False, "tower_bias": None, "torchvision": False,
+        "fsaf_branch": "free", "ignore_scale": None, "decouple": True, "cosine": False, "rpn_grad_scale": 0.0,
+        "roi_grad_scale": None, "pool_size": 4, "roi_samples": 32, "proposals": [200, 100], "stage": None}
+RCNN = {"model": "faster_rcnn", "decouple": False}
+MODELS = {
+    "fcos": (FCOS, {}),
+    "fcos original": (FCOS, {"original": True}),
+    "fcos caffe": (FCOS, {"caffe": True, "tower_bias": False}),
+    "fcos torchvision": (TorchvisionFCOS, {"torchvision": True}),
+    "fsaf": (FSAF, {"model": "fsaf"}),
+    "fsaf joint": (FSAF, {"model": "fsaf", "fsaf_branch": "both"}),
+    "fsaf anchor": (FSAF, {"model": "fsaf", "fsaf_branch": "anchor"}),
+    "fsaf torchvision": (TorchvisionRetinaNet,
+                         {"model": "fsaf", "fsaf_branch": "anchor", "torchvision": True}),
+    "defrcn": (DeFRCN, {"model": "defrcn"}),
+    "defrcn novel": (DeFRCN, {"model": "defrcn", "stage": "novel", "roi_grad_scale": 0.01}),
+    "defrcn cosine": (DeFRCN, {"model": "defrcn", "cosine": True}),
+    "faster_rcnn": (FasterRCNN, RCNN),
+    "faster_rcnn cosine": (FasterRCNN, {**RCNN, "cosine": True})}
 
 
-@torch.no_grad()
-def assert_same_detections(ours, other):
-    for model in (ours, other):
-        model.score_threshold, model.post_nms_top_k = 0.01, (100, 30)  # the latter: two-stage detectors only
-    _, batch, sizes = picture(160, 200, ours.size_divisor)
-    one, two = ours(batch, sizes)[0], other(batch, sizes)[0]
-    assert len(one["scores"]) > 5, "nothing is report_ratios"
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-3)
-
-
-# ------------------------------------------------------------------------------- their names for our weights
-
-def detectron2_resnet(key, prefix):
-    """Our `backbone.layer1.0.bn1.weight` as detectron2 calls it."""
-    key = re.sub(r"^backbone\.(conv1|bn1)", r"stem.\1", key)
-    key = re.sub(r"^backbone\.layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
-    key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-    return prefix + re.sub(r"bn(\d)", r"conv\1.norm", key)
-
-
-def authors_head(key, centerness):
-    key = key.removeprefix("head.").replace("box_tower", "bbox_tower").replace("ltrb", "bbox_pred")
-    return re.sub(r"^scales\.(\d)$", r"scales.\1.scale", key.replace("centerness", centerness))
-
-
-def adelaidet(key):
-    if key.startswith("backbone."):
-        return detectron2_resnet(key, "backbone.bottom_up.")
-    if key.startswith("fpn."):
-        key = re.sub(r"fpn\.(lateral|output)\.(\d)", lambda m: f"fpn_{m[1]}{int(m[2]) + 3}", key)
-        return "backbone." + key.replace("fpn.", "top_block.")
-    return "proposal_generator.fcos_head." + authors_head(key, "ctrness")
-
-
-def first_repository(key):
-    if key.startswith("backbone."):
-        return "module." + re.sub(r"^backbone\.(?=conv1|bn1)", "backbone.body.stem.", key).replace(
-            "backbone.layer", "backbone.body.layer")
-    if key.startswith("fpn."):
-        names = {"lateral": "inner", "output": "layer"}
-        key = re.sub(r"fpn\.(lateral|output)\.(\d)", lambda m: f"fpn.fpn_{names[m[1]]}{int(m[2]) + 2}", key)
-        return "module.backbone." + re.sub(r"fpn\.(p\d)", r"fpn.top_blocks.\1", key)
-    return "module.rpn.head." + authors_head(key, "centerness")
-
-
-def detectron2_c4(key):
-    if key.startswith("backbone.layer4"):
-        return detectron2_resnet(key, "roi_heads.")
-    if key.startswith("backbone."):
-        return detectron2_resnet(key, "backbone.")
-    for ours, theirs in (("rpn.conv", "rpn_head.conv"), ("rpn.objectness", "rpn_head.objectness_logits"),
-                         ("rpn.deltas", "rpn_head.anchor_deltas")):
-        if key.startswith(ours):
-            return "proposal_generator." + key.replace(ours, theirs)
-    key = key.replace("predictor.deltas", "predictor.bbox_pred").replace("affine_roi", "affine_rcnn")
-    return "roi_heads.box_" + key if key.startswith("predictor.") else key
-
-
-def mmdetection(key):
-    neck = {"lateral.": "lateral_convs.", "output.": "fpn_convs.", "p6": "fpn_convs.3", "p7": "fpn_convs.4"}
-    head = {"head.cls_logits": "retina_cls", "head.tblr": "retina_reg"}
-    if key.startswith("fpn."):
-        key = key.removeprefix("fpn.")
-        key = next(key.replace(ours, theirs) for ours, theirs in neck.items() if key.startswith(ours))
-        return "neck." + re.sub(r"\.(weight|bias)$", r".conv.\1", key)
-    key = re.sub(r"^head\.(cls|box)_tower\.(\d)",
-                 lambda m: f"bbox_head.{m[1].replace('box', 'reg')}_convs.{int(m[2]) // 2}.conv", key)
-    for ours, theirs in head.items():
-        key = key.replace(ours, f"bbox_head.{theirs}")
-    return key
-
-
-def as_theirs(model, name, bgr=True, exact_norm=False, batches=False):
-    """The weights of one of our models as another code base would save them."""
-    state = {}
-    for key, value in model.state_dict().items():
-        if key in ("pixel_mean", "pixel_std") or "num_batches_tracked" in key and not batches:
-            continue
-        if key == "backbone.conv1.weight" and bgr:
-            value = value.flip(1)
-        if key.endswith("running_var") and exact_norm:  # the first repository adds no epsilon
-            value = value + 1e-5
-        if re.match(r"head\.scales\.\d", key):
-            value = value.reshape(1)
-        state[name(key)] = value.clone()
-    return state
-
-
-CASES = {
-    "AdelaiDet": (lambda: FCOS(7, caffe=True, **BASIC), adelaidet, {},
-                  {"model": "fcos", "original": False, "caffe": True}),
-    "first FCOS repository": (lambda: FCOS(7, caffe=True, tower_bias=True, **BASIC), first_repository,
-                              {"exact_norm": True}, {"model": "fcos", "original": False, "caffe": True}),
-    "DeFRCN": (lambda: DeFRCN(7, caffe=True, **BASIC), detectron2_c4, {},
-               {"model": "defrcn", "decouple": True, "pool_size": 7, "cosine": False}),
-    "Faster R-CNN C4": (lambda: DeFRCN(7, decouple=False, pool_size=14, **BASIC), detectron2_c4, {},
-                        {"model": "faster_rcnn", "decouple": False, "pool_size": 14}),
-    "FSAF of mmdetection": (lambda: FSAF(7, **{**BASIC, "norm": "affine"}), mmdetection,
-                            {"bgr": False, "batches": True},
-                            {"model": "fsaf", "fsaf_branch": "free", "caffe": False})}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_detector_is_recognised_and_detects_what_it_did(case, tmp_path):
-    make, name, options, expected = CASES[case]
+def saved(path, args, names=NAMES, change=lambda state: None):
+    """A checkpoint of a random model; gives the model."""
     torch.manual_seed(0)
-    model = filled(make())
-    if case == "first FCOS repository":
-        model.pixel_mean.copy_(torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1))
-    torch.save({"model": as_theirs(model, name, **options), "iteration": 90000}, tmp_path / "theirs.pth")
-    loaded, info = load_model(tmp_path / "theirs.pth")
-    assert {key: info["args"][key] for key in expected} == expected
-    assert info["args"]["backbone"] == "resnet18" and len(info["names"]) == 7 and not info["named"]
-    assert "7 classes" in info["notes"][0] and len(info["notes"]) == 1
-    assert_same_detections(model, loaded)
-
-
-def test_the_first_form_of_the_first_repository_is_asked_for(tmp_path):
-    torch.manual_seed(0)
-    model = filled(FCOS(7, caffe=True, original=True, tower_bias=True, **BASIC))
-    torch.save({"model": as_theirs(model, first_repository, exact_norm=True)}, tmp_path / "FCOS_R_50.pth")
-    loaded, info = load_model(tmp_path / "FCOS_R_50.pth", original=True)
-    assert info["args"]["original"] and info["args"]["tower_bias"]
-    assert_same_detections(model, loaded)
-
-
-def test_a_detectron2_pickle_is_read(tmp_path):
-    torch.manual_seed(0)
-    model = filled(DeFRCN(3, decouple=False, pool_size=14, **BASIC))
-    theirs = {key: value.numpy() for key, value in as_theirs(model, detectron2_c4).items()}
-    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"model": theirs, "__author__": "D2"}))
-    loaded, info = load_model(tmp_path / "model_final.pkl")
-    assert info["args"]["model"] == "faster_rcnn"
-    assert_same_detections(model, loaded)
-
-
-# -------------------------------------------------------------------------------- torchvision, against itself
-
-@pytest.mark.parametrize("which", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn"])
-@torch.no_grad()
-def test_torchvisions_weights_give_torchvisions_detections(which, tmp_path):
-    detection = pytest.importorskip("torchvision.models.detection")
-    torch.manual_seed(0)
-    height, width = 200, 333  # 7 x 11 cells on P5, 4 x 6 on P6: torchvision's cells are not a stride apart
-    theirs = getattr(detection, which)(weights=None, weights_backbone=None, num_classes=5, min_size=height,
-                                       max_size=width)
-    filled(theirs)
-    theirs.head.regression_head.bbox_reg.bias += 1.5 if which.startswith("fcos") else 0
-    theirs.head.classification_head.cls_logits.bias += 2.5
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    ours, info = load_model(tmp_path / "theirs.pth")
-    assert info["args"]["torchvision"] and not info["args"]["caffe"]
-    image, batch, sizes = picture(height, width)
-    expected, found = theirs([image / 255])[0], ours(batch, sizes)[0]
-    # Two rules differ: they keep boxes that clipping left empty, and RetinaNet 300 detections.
-    solid = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)
-    count = min(int(solid.sum()), len(found["scores"]))
-    assert count > 90
-    for key in ("boxes", "scores", "labels"):
-        torch.testing.assert_close(found[key][:count], expected[key][solid][:count], rtol=1e-5, atol=1e-3)
-
-
-def test_torchvisions_published_files_have_no_epsilon(tmp_path, monkeypatch):
-    detection = pytest.importorskip("torchvision.models.detection")
-    theirs = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    plain = read_checkpoint(tmp_path / "theirs.pth")
-    assert plain["named"] and plain["names"] == COCO_CLASSES and plain["category_ids"] == COCO_IDS
-    rows = theirs.head.classification_head.cls_logits.weight
-    # Of 91 rows those with a category.
-    assert torch.equal(plain["model"]["head.cls_logits.weight"], rows[COCO_IDS])
-    monkeypatch.setattr("checkpoint._sha256", lambda path: "99b0c9b7")
-    published = read_checkpoint(tmp_path / "theirs.pth")
-    key = "backbone.layer1.0.bn1.running_var"
-    torch.testing.assert_close(plain["model"][key] - published["model"][key], torch.full((64,), 1e-5),
-                               rtol=1e-2, atol=0)
-
-
-# ---------------------------------------------------------------------------------------- mmdetection's meta
-
-def mmdet_state(kind):
-    shapes = json.loads((GOLDEN / "mmdet_keys.json").read_text())[kind]
-    return {key: torch.zeros(shape) for key, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("meta, named", [
-    ({"CLASSES": tuple(f"thing {i}" for i in range(80)), "config": "x", "time": "today"}, True),  # 2.x
-    ({"dataset_meta": {"classes": tuple(f"thing {i}" for i in range(80))}, "cfg": "y"}, True),  # 3.x
-    ({"dataset_meta": {"CLASSES": ("other",)}}, False), (None, False)])
-def test_classes_of_mmdetection_come_from_its_meta(tmp_path, meta, named):
-    torch.save({"state_dict": mmdet_state("fcos_a"), "meta": meta}, tmp_path / "epoch_12.pth")
-    read = read_checkpoint(tmp_path / "epoch_12.pth")
-    assert read["args"]["model"] == "fcos" and read["args"]["original"] and read["args"]["caffe"]
-    assert read["names"] == ([f"thing {i}" for i in range(80)] if named else COCO_CLASSES)
-
-
-@pytest.mark.parametrize("style", ["caffe", "pytorch"])
-def test_the_config_in_the_file_tells_the_style_of_the_backbone(tmp_path, style):
-    state = mmdet_state("fcos_b")
-    state["backbone.conv1.weight"][:, 0] = 1.0
-    torch.save({"state_dict": state, "meta": {"cfg": f"backbone=dict(depth=50, style='{style}')"}},
-               tmp_path / "epoch_12.pth")
-    read = read_checkpoint(tmp_path / "epoch_12.pth")
-    assert read["args"]["caffe"] is (style == "caffe")
-    assert read["model"]["backbone.conv1.weight"][0, 2 if style == "caffe" else 0, 0, 0] == 1  # BGR or RGB
-
-
-def test_the_config_in_the_file_tells_the_form_of_fcos(tmp_path):
-    for norm_on_bbox in (True, False):
-        config = f"bbox_head=dict(type='FCOSHead', norm_on_bbox={norm_on_bbox})"
-        torch.save({"state_dict": mmdet_state("fcos_a"), "meta": {"config": config}}, tmp_path / "x.pth")
-        read = read_checkpoint(tmp_path / "x.pth")
-        assert read["args"]["original"] is not norm_on_bbox and read["args"]["tower_bias"] is False
-        assert ("improved" if norm_on_bbox else "first") in read["notes"][0]
-
-
-def test_objects_of_mmengine_are_read_past(tmp_path, monkeypatch):
-    """A log as mmengine 0.x saves it: its own class, with methods and numpy arrays inside."""
-    module = ModuleType("mmengine.logging.history_buffer")
-
-    class HistoryBuffer:
-        def __init__(self):
-            self.history, self.methods = np.zeros(3), {"mean": HistoryBuffer.mean}
-
-        def mean(self):
-            raise AssertionError("called")
-
-    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
-    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = module.__name__, "HistoryBuffer.mean"
-    module.HistoryBuffer = HistoryBuffer
-    for name in ("mmengine", "mmengine.logging"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    torch.save({"state_dict": mmdet_state("fsaf"), "meta": {}, "message_hub": {"log": HistoryBuffer()}},
-               tmp_path / "epoch_12.pth")
-    monkeypatch.undo()
-    assert read_checkpoint(tmp_path / "epoch_12.pth")["args"]["model"] == "fsaf"
-
-
-class Attack:
-    def __init__(self, function, argument):
-        self.call = function, (argument,)
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("function, argument", [(os.system, "echo > {}"), (builtins.eval, "open('{}', 'w')")])
-def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, function, argument, legacy):
-    trace, path = tmp_path / "trace", tmp_path / "epoch_12.pth"
-    torch.save({"state_dict": mmdet_state("fsaf"), "meta": Attack(function, argument.format(trace))}, path,
-               _use_new_zipfile_serialization=not legacy)
-    torch.load(path, weights_only=False)  # the attack is real
-    trace.unlink()
-    for read in (read_checkpoint, read_weight_file):
-        with pytest.raises(WeightsError, match="epoch_12.pth: cannot be read as weights"):
-            read(path)
-    assert not trace.exists()
-
-
-def test_a_hostile_file_cannot_hide_behind_getattr(tmp_path):
-    """getattr is read past, so what it would fetch is never called: here os.system through a module."""
-    class Fetch:
-        def __reduce__(self):
-            return getattr, (os, "system")
-
-    class Run:
-        def __reduce__(self):
-            return builtins.getattr, (Fetch(), "__call__")
-
-    trace, path = tmp_path / "trace", tmp_path / "x.pth"
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "meta": [Attack(np.fromfile, str(trace))]}, path)
-    assert read_weight_file(path)["a"].tolist() == [0.0]  # numpy.fromfile was named, and not called
-    with pytest.raises((WeightsError, pickle.PicklingError, TypeError)):
-        torch.save({"meta": Run()}, path)
-        read_weight_file(path)
-
-
-# ---------------------------------------------------------------------------------------- what is refused
-
-def test_an_unknown_file_says_what_was_found(tmp_path):
-    path = tmp_path / "yolo.pth"
-    torch.save({"model": {"model.0.conv.weight": torch.zeros(1)}}, path)
-    with pytest.raises(WeightsError, match="yolo.pth: not a detector that is known.*model.0.conv.weight"):
-        read_checkpoint(path)
-    torch.save({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match="an ImageNet backbone. train.py takes it as --weights"):
-        read_checkpoint(path)
-    torch.save(torch.nn.Linear(1, 1), path)
-    with pytest.raises(WeightsError, match=r"it holds torch.nn.modules.linear.Linear, which is code; of a"):
-        read_checkpoint(path)
-    torch.save([1], path)
-    with pytest.raises(WeightsError, match="holds a list"):
-        read_checkpoint(path)
-
-
-@pytest.mark.parametrize("change, complaint", [
-    (lambda s: s.pop("neck.lateral_convs.1.conv.bias"), r"1 tensors are missing.*fpn.lateral.1.bias"),
-    (lambda s: s.update({"backbone.layer4.0.conv2_offset.weight": torch.zeros(1)}),
-     r"1 have no place.*conv2_offset"),
-    (lambda s: [s.pop(key) for key in list(s) if "layer4.2" in key],
-     r"backbone is none of .*\(3, 4, 6, 2\)"),
-    (lambda s: [s.pop(key) for key in list(s) if key.startswith("backbone.")], "without a ResNet")])
-def test_a_detector_that_is_not_whole_says_what_does_not_match(tmp_path, change, complaint):
-    state = mmdet_state("fsaf")
+    model = build_model(args, len(names)).eval()
+    state = model.state_dict()
     change(state)
-    torch.save({"state_dict": state}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match=f"x.pth.*mmdetection.*{complaint}"):
-        read_checkpoint(tmp_path / "x.pth")
+    save_checkpoint(path, {"model": state, "args": args, "names": names,
+                           "category_ids": list(range(1, len(names) + 1)), "step": 5})
+    return model
 
 
-def test_what_belongs_to_no_part_of_the_detector_is_listed(tmp_path):
-    state = {**mmdet_state("fsaf"), "mask_head.weight": torch.zeros(1)}
-    torch.save({"state_dict": state}, tmp_path / "x.pth")
-    notes = read_checkpoint(tmp_path / "x.pth")["notes"]
-    assert "left out 1 tensors without a place here: mask_head.weight" in notes[1]
+# ---------------------------------------------------------------------------- build, load
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_is_rebuilt_from_its_arguments(case, tmp_path):
+    model_class, args = MODELS[case]
+    model = saved(tmp_path / "last.pth", ARGS | args)
+    loaded, info = load_model(tmp_path / "last.pth")
+    assert type(model) is type(loaded) is model_class and not loaded.training
+    assert info == {"args": ARGS | args, "names": NAMES, "category_ids": [1, 2, 3], "step": 5, "notes": [],
+                    "named": True}
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
 
 
-def test_a_checkpoint_after_the_official_surgery_is_sent_back(tmp_path):
-    state = as_theirs(DeFRCN(5, **BASIC), detectron2_c4)
-    state = {key: value for key, value in state.items() if "box_predictor" not in key}
-    torch.save({"model": state}, tmp_path / "remove.pth")
-    with pytest.raises(WeightsError, match="remove.pth.*without a predictor.*--init does the surgery"):
-        read_checkpoint(tmp_path / "remove.pth")
+def test_arguments_reach_the_model():
+    base = build_model(ARGS | {"model": "defrcn"}, 3)
+    assert base.roi_grad_scale == ROI_GRAD_SCALE_BASE and base.predictor.dropout.p == 0
+    assert base.post_nms_top_k == (200, 100) and base.roi_samples == 32 and base.pool_size == 4
+    assert all(p.requires_grad for p in base.backbone.layer4.parameters())
+    novel = build_model(ARGS | {"model": "defrcn", "stage": "novel", "roi_grad_scale": 0.01}, 3)
+    assert novel.roi_grad_scale == 0.01 and novel.predictor.dropout.p == CLS_DROPOUT
+    assert not any(p.requires_grad for p in novel.backbone.layer4.parameters())
+    assert build_model(ARGS | {"model": "fsaf", "fsaf_branch": "both"}, 3).joint
+    assert build_model(ARGS | {"torchvision": True}, 3).score_threshold == 0.2
+    assert build_model(ARGS | {"caffe": True}, 3).pixel_std.flatten().tolist() == [1, 1, 1]
 
 
-# ---------------------------------------------------------------------------------------- scoring, training
-
-def test_evaluate_scores_other_peoples_files_on_coco(coco_mini, tmp_path, monkeypatch, capsys):
-    """80 classes in COCO's order, on a COCO folder, from the file alone."""
-    torch.manual_seed(0)
-    model = filled(FCOS(80, caffe=True, **BASIC))
-    torch.save({"model": as_theirs(model, adelaidet)}, tmp_path / "theirs.pth")
-    words = ["evaluate.py", "--ckpt", tmp_path / "theirs.pth", "--data", coco_mini, "--split", "val2017",
-             "--min-size", 64, "--max-size", 96, "--pictures", 0, "--workers", 0, "--score-threshold", 0.011]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    evaluate.main()
-    assert "an FCOS of AdelaiDet, resnet18, 80 classes" in capsys.readouterr().out
-    found = json.loads((tmp_path / "detections.json").read_text())
-    dataset = load_coco([(coco_mini / "annotations/instances_val2017.json", coco_mini / "val2017")])
-    assert dataset.names == COCO_CLASSES and dataset.category_ids == COCO_IDS
-    assert found and {row["category_id"] for row in found} <= set(COCO_IDS)
+def test_arguments_that_older_checkpoints_lack_have_defaults():
+    older = {key: value for key, value in ARGS.items() if key not in ("tower_bias", "torchvision")}
+    assert build_model(older, 3).state_dict().keys() == build_model(ARGS, 3).state_dict().keys()
 
 
-def test_unnamed_classes_must_be_as_many_as_those_of_the_data(tmp_path, mistake):
-    torch.save({"model": as_theirs(FCOS(7, caffe=True, **BASIC), adelaidet)}, tmp_path / "theirs.pth")
-    line = mistake(evaluate.main, "--ckpt", tmp_path / "theirs.pth", "--data", "shapes", "--split", "val")
-    assert "7 classes, which it does not name, the data have 8" in line and "--classes" in line
-    line = mistake(evaluate.main, "--ckpt", tmp_path / "theirs.pth")
-    assert "say what to score it on with --data" in line
-    line = mistake(evaluate.main, "--ckpt", tmp_path / "theirs.pth", "--data", "shapes", "--split", "val",
-                   "--classes", "disc,square")
-    assert "--classes names 2 classes (2 different)" in line and "has 7" in line
+def test_class_names_can_be_replaced(tmp_path):
+    saved(tmp_path / "c.pth", ARGS)
+    assert load_model(tmp_path / "c.pth", classes=["x", "y", "z"])[1]["names"] == ["x", "y", "z"]
+    with pytest.raises(WeightsError, match=r"--classes names 3 classes \(2 different\), .*c.pth has 3"):
+        load_model(tmp_path / "c.pth", classes=["x", "y", "x"])
 
 
-def test_classes_can_be_named_for_a_file_that_does_not(tmp_path):
-    torch.save({"model": as_theirs(FCOS(2, caffe=True, **BASIC), adelaidet)}, tmp_path / "theirs.pth")
-    info = load_model(tmp_path / "theirs.pth", classes=["star", "ring"])[1]
-    assert evaluate.class_order("x.pth", info, None) == ["star", "ring"]
-    for names in (["star"], ["star", "star"]):
-        with pytest.raises(WeightsError, match=f"{len(names)} classes .1 different., .*theirs.pth has 2"):
-            load_model(tmp_path / "theirs.pth", classes=names)
+def set_nan(state):
+    state["head.cls_logits.bias"][0] = float("nan")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    state = as_theirs(FCOS(2, caffe=True, **BASIC), adelaidet)
-    state["proposal_generator.fcos_head.cls_logits.bias"][0] = float("nan")
-    torch.save({"model": state}, tmp_path / "theirs.pth")
+    saved(tmp_path / "c.pth", ARGS, change=set_nan)
     with pytest.raises(WeightsError, match="1 tensors hold values that are not finite.*head.cls_logits.bias"):
-        load_model(tmp_path / "theirs.pth")
+        load_model(tmp_path / "c.pth")
 
 
-def test_training_starts_from_other_peoples_weights(tmp_path):
-    torch.manual_seed(0)
-    theirs = filled(FCOS(7, caffe=True, **BASIC))
-    torch.save({"model": as_theirs(theirs, adelaidet)}, tmp_path / "theirs.pth")
-    mine, said = FCOS(3, caffe=True, **BASIC), []
-    load_init(mine, tmp_path / "theirs.pth", ["a", "b", "c"], said.append)
-    assert torch.equal(mine.head.ltrb.weight, theirs.head.ltrb.weight)
-    assert "7 classes, which it does not name: new head.cls_logits.weight, head.cls_logits.bias" in said[-1]
+def test_wrong_checkpoints_are_named(tmp_path):
+    saved(tmp_path / "whole.pth", ARGS)
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:1000])
+    content = torch.load(tmp_path / "whole.pth", weights_only=True)
+    torch.save({**content, "args": ARGS | {"backbone": "resnet34"}}, tmp_path / "mixed.pth")
+    torch.save({key: content[key] for key in ("model", "args", "names")}, tmp_path / "part.pth")
+    for name, words in (("none.pth", "checkpoint .*none.pth does not exist"),
+                        ("cut.pth", "cut.pth: cannot be read"),
+                        ("mixed.pth", "mixed.pth: its weights do not fit the model .*layer1.2"),
+                        ("part.pth", "part.pth: not a complete checkpoint .* it lacks category_ids, step")):
+        with pytest.raises(WeightsError, match=words):
+            load_model(tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------------- our own
+# ---------------------------------------------------------------------------- start from
+
+def test_fine_tuning_replaces_the_class_scores_of_other_classes(tmp_path, capsys):
+    old = saved(tmp_path / "old.pth", ARGS)
+    checkpoint = read_checkpoint(tmp_path / "old.pth")
+    new = build_model(ARGS, 2)
+    before = new.head.cls_logits.weight.clone()
+    load_init(new, checkpoint, ["x", "y"])
+    assert "knows 3 other classes: new head.cls_logits.weight" in capsys.readouterr().out
+    assert (torch.equal(new.head.cls_logits.weight, before)
+            and torch.equal(new.head.ltrb.weight, old.head.ltrb.weight))
+    same = build_model(ARGS, 3)
+    load_init(same, checkpoint, NAMES)
+    assert torch.equal(same.head.cls_logits.weight, old.head.cls_logits.weight)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(WeightsError, match="old.pth: not this model .* backbone resnet18, fpn_channels 64"):
+        load_init(build_model(ARGS | {"backbone": "resnet34"}, 2), checkpoint, ["x", "y"])
+
+
+def test_the_anchor_branch_gets_new_class_scores_as_well(tmp_path):
+    args = ARGS | {"model": "fsaf", "fsaf_branch": "both"}
+    old = saved(tmp_path / "old.pth", args)
+    new = build_model(args, 2)
+    load_init(new, read_checkpoint(tmp_path / "old.pth"), ["x", "y"])
+    assert torch.equal(new.head.anchor_deltas.weight, old.head.anchor_deltas.weight)
+    assert new.head.anchor_logits.weight.shape[0] == 2 * 9
+
+
+@pytest.mark.parametrize("model", ["defrcn", "faster_rcnn"])
+def test_a_two_stage_detector_keeps_the_rows_of_common_classes(model, tmp_path, capsys):
+    args = ARGS | {"model": model, "decouple": model == "defrcn"}
+    old = saved(tmp_path / "old.pth", args)
+    checkpoint = read_checkpoint(tmp_path / "old.pth")
+    new = build_model(args, 2)
+    load_init(new, checkpoint, ["c", "x"])
+    assert "keeps the rows of c, background, new are x" in capsys.readouterr().out
+    rows, old_rows = new.predictor.cls_score.weight, old.predictor.cls_score.weight
+    assert torch.equal(rows[0], old_rows[2]) and torch.equal(rows[2], old_rows[3])
+    assert torch.equal(new.rpn.conv.weight, old.rpn.conv.weight)
+    cosine = build_model(args | {"cosine": True}, 2)
+    load_init(cosine, checkpoint, ["c", "x"])  # a cosine classifier has other weights: no row is kept
+    assert "keeps the rows of none, new are c, x" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- save
+
+def test_checkpoints_are_whole_or_absent(tmp_path):
+    save_checkpoint(tmp_path / "c.pth", {"step": 1})
+
+    class Unsaveable:
+        def __reduce__(self):
+            raise RuntimeError("in the middle of writing")
+
+    with pytest.raises(OSError, match="c.pth cannot be written .*in the middle of writing"):
+        save_checkpoint(tmp_path / "c.pth", {"weights": torch.zeros(1000), "step": Unsaveable()})
+    assert torch.load(tmp_path / "c.pth", weights_only=True) == {"step": 1}
+
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     """RLIMIT_FSIZE stands for a full disk: a write beyond it fails half-way."""

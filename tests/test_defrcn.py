@@ -37,15 +37,14 @@ class RecordedDropout(torch.nn.Module):
 # ---------------------------------------------------------------------------- published numbers
 
 @pytest.mark.parametrize("case", ["base_coco", "fsod_coco", "fsod_coco_dropout_off", "gfsod_coco",
-                                  "plain_no_decouple", "base_coco_gtfree_only"])
+                                  "base_coco_gtfree_only"])
 def test_losses_and_gradients_equal_the_published_ones(golden, case):  # noqa: F811
     record = golden[0]["train"][case]
-    count, decouple, freeze_res5 = (record["num_classes"], record["roi_decouple"][0],
-                                    record["freeze"]["roi_feat"])
-    model = DeFRCN(count, "resnet50", decouple=decouple, rpn_grad_scale=record["rpn_decouple"][1],
-                   roi_grad_scale=record["roi_decouple"][1], freeze_res5=freeze_res5, roi_samples=64,
-                   sample_order=in_index_order)
-    weights = recorded_weights(golden[0]["keys"], count, decouple)
+    count, freeze_res5 = record["num_classes"], record["freeze"]["roi_feat"]
+    model = DeFRCN(count, "resnet50", decouple=record["roi_decouple"][0],
+                   rpn_grad_scale=record["rpn_decouple"][1], roi_grad_scale=record["roi_decouple"][1],
+                   freeze_res5=freeze_res5, roi_samples=64, sample_order=in_index_order)
+    weights = recorded_weights(golden[0]["keys"], count, record["roi_decouple"][0])
     model.load_state_dict(rcnn_from_detectron2(weights), strict=True)
     if freeze_res5 and record["dropout"] == "mask":
         model.predictor.dropout = RecordedDropout()
@@ -166,6 +165,15 @@ def test_parameters_keep_the_order_in_which_checkpoints_store_optimizer_state():
 # ---------------------------------------------------------------------------- the whole model
 
 small_defrcn = functools.partial(small_model, DeFRCN)
+
+
+def test_without_decoupling_it_is_faster_rcnn():
+    # test_faster_rcnn.py has the published numbers of this network.
+    models = small_defrcn(decouple=False).train(), small_model().train()
+    ours, theirs = (model.state_dict() for model in models)
+    assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (model(*small_batch()) for model in models)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"decouple": False}, {"cosine": True}, {"pool_size": 14}])

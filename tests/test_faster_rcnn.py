@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, assert_two_ranks_equal_one, small_batch
+from helpers import GOLDEN, small_batch
 
 import ops
 from convert import rcnn_from_detectron2
@@ -205,9 +205,10 @@ def test_roi_losses_by_hand():
 
 # ---------------------------------------------------------------------------- the whole model
 
-def small_model(model=FasterRCNN, **kwargs):
+def small_model(model=FasterRCNN, pool_size=7, **kwargs):
+    """A small FasterRCNN or DeFRCN with weights from a fixed seed; a grid of 14 is four times slower."""
     torch.manual_seed(0)
-    model = model(3, "resnet18", norm="affine", freeze_at=0, caffe=False, roi_samples=16,
+    model = model(3, "resnet18", norm="affine", freeze_at=0, caffe=False, pool_size=pool_size, roi_samples=16,
                   post_nms_top_k=(50, 20), sample_order=in_index_order, **kwargs)
     # Scores far from ties: rounding does not change the order of the proposals.
     torch.nn.init.normal_(model.rpn.objectness.weight, std=0.1)
@@ -244,8 +245,3 @@ def test_detections_are_inside_the_image_and_sorted():
             assert 0 < len(found["boxes"]) <= 100
             assert (found["boxes"] >= 0).all() and (found["boxes"][:, 2::2] <= size[1]).all()
             assert (found["scores"].diff() <= 0).all() and found["labels"].max() < 3
-
-
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
-    # Rank 1 has no object. With random weights the losses are large sums that cancel: rounding is 3e-3.
-    assert_two_ranks_equal_one(small_model, small_batch((3, 0)), tmp_path, rtol=1e-2)

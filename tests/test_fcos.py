@@ -239,7 +239,7 @@ def test_published_freezing():
 
 def detect(logits, boxes, centerness, level_sizes, height=64, width=64):
     candidates = fcos_candidates(logits, boxes, centerness, level_sizes, score_threshold=0.05)
-    return final_detections(*candidates, height, width, nms_threshold=0.6, count=100)
+    return final_detections(*candidates, height, width, nms_threshold=0.6, max_detections=100)
 
 
 def test_score_is_class_score_times_centerness_and_the_threshold_sees_the_class_score_alone():

@@ -68,7 +68,7 @@ def test_voc_data_change_the_few_shot_stages(tmp_path):
     names = list(vars(parse_args([])))
     values, sources = resolve(given, None, names)
     assert (values["roi_grad_scale"], values["use_difficult"]) == (0.001, True)
-    assert sources["roi_grad_scale"] == "published recipe, novel stage on VOC"
+    assert sources["roi_grad_scale"] == "published recipe, few-shot on VOC"
     assert (values["schedule_steps"], values["schedule_drops"]) == (4000, (3200,))
     values, _ = resolve({**given, "data": "coco"}, None, names)
     assert (values["roi_grad_scale"], values["use_difficult"]) == (0.01, False)

@@ -15,10 +15,9 @@ import pytest
 import torch
 from conftest import SHARED
 
-import weights
 from backbone import ARCHITECTURES, CAFFE_PIXELS, TORCHVISION_PIXELS, FixedStatsBatchNorm2d, ResNet
 from defrcn import CalibrationNet
-from weights import WeightsError, load_classifier, load_imagenet, read_weight_file
+from weights import TORCHVISION_FILES, WeightsError, load_classifier, load_imagenet, read_weight_file
 
 NORM_KINDS = ("weight", "bias", "running_mean", "running_var")
 
@@ -51,7 +50,7 @@ def folder():
 # ---------------------------------------------------------------------------- valid files
 
 def file_key_detectron(key, norms):
-    """Detectron's blob of one of torchvision's names; norms: its endings for NORM_KINDS."""
+    """Detectron's blob name for a key of torchvision. norms: the endings for NORM_KINDS."""
     branches = {"conv1": "2a", "bn1": "2a", "conv2": "2b", "bn2": "2b", "conv3": "2c", "bn3": "2c",
                 "downsample": "1"}
     ending = dict(zip(NORM_KINDS, norms))[key.split(".")[-1]] if is_norm(key) else "_w"
@@ -62,7 +61,7 @@ def file_key_detectron(key, norms):
 
 
 def file_key_detectron2(key):
-    """detectron2's name, by the steps of its own converter of torchvision files."""
+    """detectron2's name for a key of torchvision, by the steps of detectron2's own converter."""
     key = key if key.startswith("layer") else "stem." + key
     for i in (4, 3, 2, 1):
         key = key.replace(f"layer{i}", f"res{i + 1}").replace(f"bn{i}", f"conv{i}.norm")
@@ -72,11 +71,11 @@ def file_key_detectron2(key):
 FUSED = ("_bn_s", "_bn_b")
 UNFUSED = ("_bn_gamma", "_bn_beta", "_bn_running_mean", "_bn_running_var")
 UNFUSED_SHORT = ("_bn_gamma", "_bn_beta", "_bn_rm", "_bn_riv")
-FC = np.zeros((2, 2), np.float32)  # a classifier: never loaded, so its size is free
+FC = np.zeros((2, 2), np.float32)  # a classifier: it is never loaded, so it may be small
 
 
 def random_weights(name):
-    """torchvision key -> array, another one for each key."""
+    """{key of torchvision: array}, a different array for each key."""
     state = on_meta(name).state_dict()
     return {key: np.random.default_rng(zlib.crc32(key.encode())).standard_normal(value.shape, np.float32)
             for key, value in state.items() if not key.endswith("num_batches_tracked")}
@@ -84,7 +83,7 @@ def random_weights(name):
 
 @pytest.fixture
 def weights50(monkeypatch):
-    """For a ResNet-50 with fewer blocks per stage, so that its file has 32 MB instead of 94."""
+    """Weights of a ResNet-50 with fewer blocks per stage: its file has 32 MB instead of 94."""
     monkeypatch.setitem(ARCHITECTURES, "resnet50", ((2, 1, 1, 1), True, 1, 64))
     return random_weights("resnet50")
 
@@ -102,7 +101,7 @@ def tensors(arrays):
 
 
 def load(path, name="resnet50", **options):
-    """(state dict, pixels) after reading the file into a backbone full of NaN."""
+    """(state_dict, pixels) after the file was read into a backbone full of NaN."""
     model = blank(name, **options)
     pixels = load_imagenet(model, str(path))
     return {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}, pixels
@@ -118,8 +117,9 @@ def assert_state(state, arrays, flipped):
 @pytest.mark.parametrize("norms", [UNFUSED, UNFUSED_SHORT])
 def test_detectron_file_with_statistics(weights50, folder, norms):
     blobs = {file_key_detectron(key, norms): value for key, value in weights50.items()}
-    extra = {"conv1_b": np.zeros(64), "fc1000_w": FC, "conv1_w_momentum": np.zeros(3),
-             "res_conv1_bn_gamma_momentum": np.zeros(3), "lr": np.float32(0.1)}
+    extra = {"conv1_b": np.zeros(64), "res2_0_branch2a_b": np.zeros(64), "fc1000_w": FC,
+             "conv1_w_momentum": np.zeros(3), "res_conv1_bn_gamma_momentum": np.zeros(3),
+             "lr": np.float32(0.1)}
     state, pixels = load(write(folder / "R-50.pkl", {"blobs": {**blobs, **extra}}), caffe=True)
     assert_state(state, weights50, flipped=True)
     assert pixels == CAFFE_PIXELS
@@ -184,9 +184,18 @@ def test_torchvision_file(weights50, folder):
     assert pixels == TORCHVISION_PIXELS
 
 
+@pytest.mark.parametrize("name, flipped", [("resnext101_32x8d", True), ("resnext101_64x4d", False)])
+def test_only_one_resnext_of_mmdetection_saw_bgr(folder, monkeypatch, name, flipped):
+    monkeypatch.setitem(ARCHITECTURES, name, ((1, 1, 1, 1), *ARCHITECTURES[name][1:]))
+    weights = random_weights(name)
+    state, pixels = load(write(folder / "x101.pth", tensors(weights)), name)  # the file has no classifier
+    assert_state(state, weights, flipped)
+    assert pixels == TORCHVISION_PIXELS
+
+
 def test_basic_blocks_have_no_caffe_style(folder):
     weights = random_weights("resnet18")
-    path = write(folder / "r18.pth", tensors(weights))  # without classifier, like mmdetection's caffe files
+    path = write(folder / "r18.pth", tensors(weights))  # no classifier, as in mmdetection's caffe files
     for caffe in (False, True):
         state, pixels = load(path, "resnet18", caffe=caffe)
         assert_state(state, weights, flipped=False)
@@ -216,13 +225,34 @@ def test_pickles_of_python2_and_of_every_protocol_are_read(folder):
         assert read_weight_file(path)["conv1_w"].tolist() == [1.0, -2.5]
 
 
+@pytest.fixture
+def small101(monkeypatch):
+    """Weights of a ResNet-101 with one block per stage."""
+    monkeypatch.setitem(ARCHITECTURES, "resnet101", ((1, 1, 1, 1), True, 1, 64))
+    return random_weights("resnet101")
+
+
+def test_the_classifier_of_the_calibration_is_torchvisions(small101, folder):
+    fc = {"fc.weight": torch.randn(1000, 2048), "fc.bias": torch.randn(1000)}
+    net = CalibrationNet()
+    load_classifier(net, str(write(folder / "r101.pth", tensors(small101) | fc)))
+    for key, value in (tensors(small101) | fc).items():
+        assert torch.equal(net.state_dict()[key if key in fc else f"backbone.{key}"], value), key
+
+
+def test_a_classifier_that_is_another_network_is_refused(small101, folder):
+    path = write(folder / "msra.pth", tensors(small101))  # without fc
+    with pytest.raises(WeightsError, match=r"msra.pth: not torchvision's ResNet-101 \(.*fc.weight"):
+        load_classifier(CalibrationNet(), str(path))
+
+
 # ---------------------------------------------------------------------------- wrong files
 
 CONV1 = np.zeros((64, 3, 7, 7), np.float32)
 
 
 def sizeless(name):
-    """A torchvision file's content that takes no room: every tensor repeats one number."""
+    """Content of a torchvision file that takes no room: every tensor repeats one number."""
     state = on_meta(name).state_dict()
     return {key: torch.tensor(0.0).expand(state[key].shape) for key in state} | {"fc.weight": torch.zeros(1)}
 
@@ -255,7 +285,7 @@ def test_weights_of_another_architecture_are_refused(folder, file_of, network, c
     ("list.pth", [torch.zeros(2)], "holds a list"),
     ("head.pkl", {"fc6_w": FC}, r"does not fit resnet18: [1-9]\d* keys missing"),
     ("words.pkl", {"stem.conv1.weight": np.array(["a"])}, "not an ImageNet ResNet")])
-def test_files_that_are_no_backbone_are_refused(folder, file, content, complaint):
+def test_files_without_a_backbone_are_refused(folder, file, content, complaint):
     with pytest.raises(WeightsError, match=f"{file}.*{complaint}"):
         load_imagenet(blank("resnet18"), str(write(folder / file, content)))
 
@@ -301,11 +331,29 @@ def test_hostile_file_is_refused_and_runs_nothing(folder, suffix, function, argu
     assert not trace.exists()
 
 
+def test_a_hostile_file_cannot_hide_behind_getattr(folder):
+    """A file may name getattr, but what it would fetch is never called: here os.system through a module."""
+    class Fetch:
+        def __reduce__(self):
+            return getattr, (os, "system")
+
+    class Run:
+        def __reduce__(self):
+            return builtins.getattr, (Fetch(), "__call__")
+
+    trace, path = folder / "trace", folder / "x.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "meta": [Attack(np.fromfile, str(trace))]}, path)
+    assert read_weight_file(path)["a"].tolist() == [0.0]  # numpy.fromfile was named, and not called
+    with pytest.raises((WeightsError, pickle.PicklingError, TypeError)):
+        torch.save({"meta": Run()}, path)
+        read_weight_file(path)
+
+
 # ---------------------------------------------------------------------------- downloads
 
 @pytest.fixture
 def cached(folder, monkeypatch):
-    """Path of torchvision's ResNet-18 in an empty cache; every download fails as without internet."""
+    """Path of torchvision's ResNet-18 in an empty cache; every download fails, as without internet."""
     def fail(*args, **options):
         raise URLError("no route to host")
 
@@ -323,17 +371,17 @@ def test_failed_download_names_the_url_and_the_place(cached):
 
 
 def test_damaged_download_is_refused_by_its_checksum(cached):
-    write(cached, sizeless("resnet18"))  # readable and fitting, but not the published file
+    write(cached, sizeless("resnet18"))  # it can be read and it fits, but it is not the published file
     with pytest.raises(WeightsError, match=f"{cached}: damaged .*not f37072fd.*; delete it"):
         load_imagenet(blank("resnet18"), "resnet18")
 
 
-def test_sound_file_in_the_cache_needs_no_internet(cached, monkeypatch):
+def test_a_valid_file_in_the_cache_needs_no_internet(cached, monkeypatch):
     weights = random_weights("resnet18")
     write(cached, {**tensors(weights), "fc.weight": torch.zeros(1)})
     digest = hashlib.sha256(cached.read_bytes()).hexdigest()[:8]
     cached.rename(cached.with_name(f"resnet18-{digest}.pth"))
-    monkeypatch.setitem(weights.TORCHVISION_FILES, "resnet18", f"resnet18-{digest}.pth")
+    monkeypatch.setitem(TORCHVISION_FILES, "resnet18", f"resnet18-{digest}.pth")
     state, pixels = load("resnet18", "resnet18")
     assert_state(state, weights, flipped=False)
     assert pixels == TORCHVISION_PIXELS
