@@ -1,8 +1,8 @@
 """Checkpoints: build a model from its arguments, save it, load it, start a training from it.
 
 A checkpoint is one dict of tensors and builtins: the weights, the arguments that describe their model, the
-class names, the category ids of the data set, and the state of the training. Detectors of other code bases
-are read into the same form. Nothing in a file is ever executed.
+class names, the category ids of the dataset, and the state of the training (`train.save_training`). Detectors
+of other code bases are read into the same form. Nothing in a file is ever executed.
 """
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", original: b
     """A trained detector in evaluation mode, and the rest of its checkpoint.
 
     path, original: see `read_checkpoint`. classes: class names that replace those of the checkpoint.
-    Returns (model, info). info has args (dict), names (C class names), category_ids (C ids of the data set),
+    Returns (model, info). info has args (dict), names (C class names), category_ids (C ids of the dataset),
     step, notes (lines to print), named (whether the class names are known). Raises WeightsError.
     """
     checkpoint = read_checkpoint(path, original)
@@ -93,7 +93,7 @@ def save_checkpoint(path: Path, content: dict):
 def read_checkpoint(path: str | Path, original: bool = False) -> dict:
     """A checkpoint of train.py, or a detector of another code base in the same form (see `convert.FORMATS`).
 
-    original: an FCOS of the authors' first repository has the first form, which no key of the file tells.
+    original: an FCOS of the authors' first repository has the original form. The keys do not show the form.
     Returns a dict with model, args, names, category_ids, step, path, notes (lines to print), named (whether
     the class names are known), and what else train.py wrote. Raises WeightsError that names the file.
     """

@@ -28,7 +28,7 @@ from weights import (
 )
 
 State = dict[str, Tensor]  # a state_dict
-TORCHVISION_SCORE_THRESHOLD = 0.2  # torchvision's FCOS, on the square root of class score x centerness
+TORCHVISION_SCORE_THRESHOLD = 0.2  # torchvision's FCOS; it applies to sqrt(class score x centerness)
 # First 8 digits of the SHA-256 of torchvision's published files: their batch norms had no epsilon.
 WITHOUT_EPS = ("99b0c9b7", "eeacb38b")  # fcos_resnet50_fpn_coco, retinanet_resnet50_fpn_coco
 TOWERS = {"cls": "cls_tower", "classification": "cls_tower", "reg": "box_tower", "regression": "box_tower"}
@@ -70,8 +70,8 @@ class TorchvisionRetinaNet(FSAF):
 
 
 def _torchvision_points(shapes: list[tuple[int, int]], device) -> list[Tensor]:
-    """torchvision's points, L tensors (H*W, 2) px: corners of cells that are image size // map size apart."""
-    # That is less than the stride where the map size was rounded up.
+    """torchvision's points, L tensors (H*W, 2) px. Their spacing is image size // map size."""
+    # It is smaller than the stride if the map size was rounded up.
     image_height, image_width = (side * STRIDES[0] for side in shapes[0])
     return [grid_points(height, width, image_height // height, image_width // width, device)
             for height, width in shapes]
@@ -82,8 +82,9 @@ def _torchvision_points(shapes: list[tuple[int, int]], device) -> list[Tensor]:
 def fcos_from_mmdet(state: State, caffe: bool | None = None, original: bool | None = None) -> State:
     """mmdetection's FCOS (2.x and 3.x), for `FCOS(..., caffe=caffe, original=original)`.
 
-    caffe: style of the backbone. original: form of the detector. None is the rule of the published files: a
-    ResNet has caffe style, a ResNeXt has not; the towers of the first form have no bias. Raises WeightsError.
+    caffe: style of the backbone. original: form of the detector. None applies the rules of the published
+    files. A ResNet has caffe style, a ResNeXt does not. The towers of the original form have no bias. Raises
+    WeightsError.
     """
     renamed = _rename_mmdet(state, 3, {"conv_cls": "cls_logits", "conv_reg": "ltrb",
                                        "conv_centerness": "centerness"})
@@ -196,7 +197,8 @@ def _rename_torchvision(state: State, bn_eps: float, predictors: dict[str, str])
 def rcnn_from_detectron2(state: State) -> State:
     """The official DeFRCN, for `DeFRCN`, or detectron2's Faster R-CNN C4, for `FasterRCNN`.
 
-    A file without a predictor (after the official "remove" surgery) gives one without. Raises WeightsError.
+    If the file has no predictor (after the official "remove" surgery), the result has none. Raises
+    WeightsError.
     """
     if not any(key.startswith(("backbone.res5.", "roi_heads.res5.")) for key in state):
         raise WeightsError(f"not a Faster R-CNN C4 of detectron2: it has keys like {sorted(state)[:3]}")
@@ -236,10 +238,10 @@ def _with_pixels(state: State, pixels: tuple[tuple, tuple], bgr: bool = False) -
 # ------------------------------------------------------------------------------------------------- formats
 
 class Format(NamedTuple):
-    """One format of files. A file has the first format of the table that fits it."""
+    """One format of files. A file has the original format of the table that fits it."""
     name: str  # in messages
-    key: str  # every file of this format has this tensor
-    rows: int | None  # and it has this length, unless None
+    key: str  # a tensor that every file of this format has
+    rows: int | None  # length of this tensor; None: any
     reader: Callable[..., State]
     scores: str  # layer of the class scores, under our names
     args: dict  # model arguments that differ from DEFAULT_ARGS and that no tensor tells
@@ -277,8 +279,9 @@ FORMATS = (
 def convert_detector(path: str | Path, content, original: bool) -> dict:
     """A detector of another code base in the form of train.py's checkpoints.
 
-    content: from `weights.read_file`. original: an FCOS of the first repository has the first form. Returns
-    also format (its name), notes (lines to print), named (are the class names known?). Raises WeightsError.
+    content: from `weights.read_file`. original: an FCOS of the first repository has the original form.
+    Returns also format (its name), notes (lines to print), named (whether the class names are known). Raises
+    WeightsError.
     """
     state = {key.removeprefix("module."): value for key, value in extract_state_dict(content, path).items()}
     meta = content["meta"] if isinstance(content.get("meta"), dict) else {}  # mmdetection's
@@ -291,7 +294,7 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
         raise WeightsError(f"{path}: looks like {found.name}, but: {error}") from error
     if found.scores + ".weight" not in state:
         raise WeightsError(f"{path}: is {found.name} without a predictor (after surgery?): give the "
-                           f"checkpoint from before it, --init does the surgery")
+                           f"checkpoint from before the surgery, --init does it")
     if found.reader is fcos_from_mmdet:
         original = options.get("original", not args["tower_bias"])
     args["original"] = original and found.reader in (fcos_from_mmdet, fcos_from_first_repository)
@@ -308,7 +311,7 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
                 state[key] = state[key].unflatten(0, (-1, 91))[:, COCO_IDS].flatten(0, 1)
             count = 80
     names, remark = _class_names(meta, count, args["model"])
-    form = (", first form" if args["original"] else ", improved form") if args["model"] == "fcos" else ""
+    form = (", original form" if args["original"] else ", improved form") if args["model"] == "fcos" else ""
     return {"model": state, "args": args, "step": 0, "format": found.name,
             "notes": [f"{path}: {found.name}{form}, {args['backbone']}, {count} classes{remark}"],
             "names": names or [f"class {i}" for i in range(count)], "named": names is not None,
@@ -353,7 +356,7 @@ def _args_from_tensors(state: State) -> dict:
 
 
 def _class_names(meta: dict, count: int, model: str) -> tuple[list[str] | None, str]:
-    """Names in mmdetection's meta, else the usual names of so many classes, else None; and a remark."""
+    """Class names and a remark. The names are mmdetection's, or the usual ones of so many classes, or None."""
     dataset = meta.get("dataset_meta")
     dataset = dataset if isinstance(dataset, dict) else meta
     written = dataset.get("classes") or dataset.get("CLASSES")

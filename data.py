@@ -26,7 +26,7 @@ from runtime import UserError
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 PADDING, CROWD = -1, -2  # gt_labels of a padding row and of a crowd region
 MAX_WORKERS = 256  # loader processes of one rank
-BUCKETS = 4  # long sides of `shape_buckets`: 960, 1088, 1216, 1344 for COCO at 800/1333
+BUCKETS = 4  # number of long sides in `shape_buckets`: 960, 1088, 1216, 1344 for COCO at 800/1333
 LISTED_PROBLEMS = 10  # invalid boxes that are described one by one, before "... and N more"
 # COCO 2014's customary splits without a folder of their own: {split: folder of its images}
 EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}
@@ -377,7 +377,7 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
     sizes, image_index = np.array(sizes, np.int64), np.array(image_index, np.int64)
     bndbox = np.array([obj["bndbox"] for obj in objects], np.float64).reshape(-1, 4)
     boxes = bndbox - (1, 1, 0, 0)  # VOC counts pixels from 1 and includes both ends
-    # A box that is one pixel wide in VOC's convention is a slip of the mouse, not an object.
+    # A box that is one pixel wide in VOC's convention is an annotation mistake.
     has_area = (bndbox[:, 2:] > bndbox[:, :2]).all(axis=1)
     valid = _valid_boxes(boxes, has_area, sizes[image_index], lambda i: objects[i]["text"], notes)
     objects = [objects[i] for i in np.flatnonzero(valid)]

@@ -9,7 +9,7 @@
 It writes detections.json (COCO result format), metrics.json and pictures/ to --out. By default this is the
 folder of the checkpoint, or its subfolder images for --images.
 """
-from runtime import (  # first: torch must not be imported before it
+from runtime import (  # before torch: see the first lines of runtime.py
     AMP,
     Parser,
     Place,
@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from draw import draw_detections
-from metrics import ClassGroups, group_means, read_results, score, shown
 from torch.utils.data import DataLoader
 
 from checkpoint import load_model
@@ -48,7 +46,9 @@ from data import (
     death_of_a_loader,
     image_folder,
 )
+from draw import draw_detections
 from fewshot import checkpoint_scoring
+from metrics import ClassGroups, group_means, read_results, score, shown
 from ops import nms
 from shapes import open_dataset
 from subsets import select_classes
@@ -86,7 +86,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
     loader = DataLoader(TestSamples(dataset, settings.min_size, settings.max_size), batch_sampler=sampler,
                         num_workers=settings.workers, collate_fn=make_batch, pin_memory=device.type != "cpu")
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
-    nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # imports its kernels untimed
+    nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # loads the kernels untimed
     clock = time.perf_counter()
 
     def lap(phase: str):
@@ -172,16 +172,16 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="checkpoint of train.py or of another code base (see docs/weights.md)")
     parser.add_argument("--original", action="store_true",
-                        help="--ckpt is the first form of FCOS, from its authors' first repository")
+                        help="--ckpt is the original form of FCOS, from its authors' first repository")
     parser.add_argument("--classes", metavar="NAME,NAME", type=lambda text: text.split(","),
-                        help="the classes of a --ckpt that does not name them, in its order")
+                        help="class names for a --ckpt without names, in the order of its labels")
     parser.add_argument("--detections", type=Path, help="score this COCO result file, without a network")
     parser.add_argument("--images", type=Path, help="a folder of images, or one image: draw, do not score")
     data = parser.add_argument_group("data (default: what the checkpoint was scored on)")
     data.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout")
     data.add_argument("--split", help="e.g. val2017, 2007_test")
     data.add_argument("--json", help="COCO-format file, with --image-dir")
-    data.add_argument("--image-dir", help="folder of its images")
+    data.add_argument("--image-dir", help="image folder of --json")
     data.add_argument("--min-size", type=int, help="short side in px")
     data.add_argument("--max-size", type=int, help="limit of the long side in px")
     data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
@@ -226,10 +226,10 @@ def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:
         dataset = open_dataset(args.data or "", split, args.json, args.image_dir,
                                None if few_shot or foreign else names)
     elif foreign:
-        raise DataError(f"{args.ckpt}: was not trained here. Say what to score it on with --data and --split")
+        raise DataError(f"{args.ckpt}: was not trained here. Name the data with --data and --split")
     elif trained["train_json"] and not trained["val_json"] or args.split and trained["val_json"]:
-        raise DataError(f"{args.ckpt}: was trained on a file of its own. Say what to score it on with --json "
-                        f"and --image-dir, or with --data and --split")
+        raise DataError(f"{args.ckpt}: was trained on a file of its own. Name the data with --json and "
+                        f"--image-dir, or with --data and --split")
     else:
         dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
                                trained["val_images"], None if few_shot else names)
@@ -269,7 +269,7 @@ def main():
         print0(note)
     if args.score_threshold is not None:
         model.score_threshold = args.score_threshold
-    # The run's own detections.json stays where it is when a folder of images is drawn.
+    # --images writes to a subfolder, so the detections.json of the run is not overwritten.
     out = args.out or Path(args.ckpt).parent / ("images" if args.images else "")
     make_folder(out)
     dataset = choose_dataset(args, info)

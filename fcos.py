@@ -1,8 +1,8 @@
 """FCOS: Fully Convolutional One-Stage Object Detection (arXiv 1904.01355; improved: TPAMI, arXiv 2006.09214).
 
 Every feature cell predicts class scores, the distances to the four sides of its object, and its centerness.
-`FCOS(80, original=True)` is the first form (R-50 1x: 36.6 AP in mmdetection). The default is the improved one
-(38.7 AP):
+`FCOS(80, original=True)` is the original form (R-50 1x: 36.6 AP in mmdetection). The default is the improved
+form (38.7 AP):
 
                     original                           improved
     positives       points inside the box              points in the box and within 1.5 strides of its centre

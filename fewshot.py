@@ -6,7 +6,7 @@ table over seeds, and converts a checkpoint to the classes of the novel stage:
     python fewshot.py aggregate runs/defrcn_novel_*
     python fewshot.py convert --init runs/defrcn_base/last.pth --out novel_init.pth
 """
-from runtime import (  # first: torch must not be imported before it
+from runtime import (  # before torch: see the first lines of runtime.py
     Parser,
     Place,
     gather_objects,
@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from metrics import ClassGroups
 
 from checkpoint import build_model, load_init, read_checkpoint, save_checkpoint
 from data import COCO_NOVEL, VOC_CLASSES, DataError, DetectionDataset
 from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
+from metrics import ClassGroups
 from shapes import Shapes, open_dataset
 from subsets import Subset, k_shot_subset, lists_folder, select_classes
 from weights import WeightsError, load_classifier
@@ -54,7 +54,8 @@ BASE_TRAINING = {"coco": (110_000, (85_000, 100_000)), "voc": (15_000, (10_000, 
 def schedule(voc: bool, shots: int | None, generalized: bool) -> tuple[int, tuple[int, ...]]:
     """Published steps of 16 images, and the steps of the lr drops. shots: K; None means the base stage.
 
-    Other data sets use COCO's schedule; a K without a published one uses the next larger K.
+    Other datasets use COCO's schedule. A K without a published schedule uses that of the next larger K, or of
+    the largest.
     """
     kind = "voc" if voc else "coco"
     if shots is None:
@@ -70,7 +71,7 @@ def novel_names(dataset: DetectionDataset, voc_split: int = 1, given: list[str] 
     """The novel classes of a dataset.
 
     They are the `given` names, else the published ones of COCO or VOC, else (shapes) the last two classes.
-    Raises DataError for an unknown name, and where no class would be left as a base class.
+    Raises DataError for an unknown name, and if no base class is left.
     """
     names = dataset.names
     if given is None:
@@ -104,8 +105,8 @@ def stage_names(names: list[str], novel: list[str], stage: str, generalized: boo
 class Calibration:
     """Prototypical calibration of detections: mixes novel scores with the similarity to the shots.
 
-    net: (image, boxes) -> features, see `defrcn.CalibrationNet`. support: the shots. novel: names of the
-    classes that are calibrated.
+    net: (image, boxes) -> features, see `defrcn.CalibrationNet`; it runs on all shots at once here. support:
+    the shots. novel: names of the classes that are calibrated.
     """
 
     def __init__(self, net: torch.nn.Module, support: DetectionDataset, novel: list[str], place: Place):
@@ -160,10 +161,11 @@ class Calibration:
 
 def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: DetectionDataset,
             val_set: DetectionDataset | None, place: Place) -> tuple[Subset, Subset | None, dict]:
-    """Images of the base or novel stage: (training set, validation set, `scoring` for `evaluate.evaluate`).
+    """Prepares the base or novel stage of a training.
 
-    args: of train.py; novel_classes and pcb_weights become what is really used. checkpoint: what --init or
-    --resume read. Raises DataError and WeightsError.
+    args: of train.py. Their novel_classes and pcb_weights are set to the values that are used. checkpoint:
+    what --init or --resume read. Returns training set, validation set and `scoring`, the keyword arguments of
+    `evaluate.evaluate`. Raises DataError and WeightsError.
     """
     novel = args.novel_classes = novel_names(train_set, args.voc_split, args.novel_classes)
     if args.stage == "novel" and args.init and checkpoint["args"].get("stage") == "base":
@@ -178,7 +180,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
     if args.stage == "base":
         train_set = select_classes(train_set, names, drop_empty=True)
         return train_set, val_set, _scoring(vars(args), names, None, None, place)
-    # The weights are read before the training, so that a mistake is not found after it.
+    # Read now: a bad weight file stops the run before the training, not after it.
     net = _calibration_net(vars(args), args.pcb_weights, required=args.pcb_weights != "resnet101")
     args.pcb_weights = args.pcb_weights if net else "none"
     train_set = k_shot_subset(train_set, names, args.shots, args.shot_seed,
@@ -189,8 +191,8 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
 def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: str | None) -> dict:
     """`scoring` for `evaluate.evaluate` of a checkpoint of a few-shot stage.
 
-    args, names: arguments of its training, its classes. pcb_weights: of the calibration; None: those of the
-    training. Raises DataError and WeightsError.
+    args, names: arguments of its training, its classes. pcb_weights: weights of the calibration; None takes
+    those of the training. Raises DataError and WeightsError.
     """
     def shots():
         source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
@@ -202,8 +204,10 @@ def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: 
 
 
 def _calibration_net(args: dict, weights: str, required: bool) -> CalibrationNet | None:
-    """The classifier of DeFRCN's calibration after the novel stage. None where there is no calibration, and,
-    unless `required`, where the weights cannot be had."""
+    """The classifier of the calibration; None if the run has none.
+
+    required: weights that cannot be loaded raise WeightsError. Otherwise they give a note and None.
+    """
     if args["stage"] != "novel" or args["model"] != "defrcn" or not args["shots"] or weights == "none":
         return None
     net = CalibrationNet()
@@ -218,7 +222,7 @@ def _calibration_net(args: dict, weights: str, required: bool) -> CalibrationNet
 
 
 def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, place: Place) -> dict:
-    """shots: a function that returns the dataset of the shots."""
+    """`scoring` for `evaluate.evaluate`. shots: a function that returns the dataset of the shots."""
     novel = args["novel_classes"]
     info = {"novel": novel,
             "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
@@ -251,7 +255,7 @@ def aggregate(runs: list[dict]) -> list[dict]:
     runs_of = {}
     for run in runs:
         if not isinstance(run, dict) or run.get("few_shot", {}).get("stage") != "novel":
-            raise DataError("a run that is not of --stage novel: there is nothing to aggregate")
+            raise DataError("a run has no scores of --stage novel: there is nothing to aggregate")
         *words, shots = (run["few_shot"][key] for key in SETTING_KEYS)
         runs_of.setdefault((*map(str, words), shots), []).append(run)
     rows = []
@@ -298,7 +302,7 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 
 
 def convert_checkpoint(args: argparse.Namespace):
-    """Writes the start of a novel stage: a checkpoint with the predictor for its classes ("surgery")."""
+    """Writes a checkpoint from which a novel stage can start: its predictor has their classes ("surgery")."""
     checkpoint = read_checkpoint(args.init)
     dataset = open_dataset(args.data, args.split, args.json, args.image_dir)
     novel = novel_names(dataset, args.voc_split, args.novel_classes)
@@ -345,7 +349,7 @@ def main():
     convert.add_argument("--data", default="shapes", help="'shapes' or a folder in COCO or VOC layout")
     convert.add_argument("--split", default="train", help="a split that names all classes (default: train)")
     convert.add_argument("--json", help="COCO-format file, with --image-dir")
-    convert.add_argument("--image-dir", help="folder of its images")
+    convert.add_argument("--image-dir", help="image folder of --json")
     add_class_arguments(convert)
     convert.add_argument("--seed", type=int, default=0, help="of the new rows (default: 0)")
     convert.set_defaults(run=convert_checkpoint, voc_split=1)

@@ -1,8 +1,8 @@
 """What a training uses: its arguments, the published recipes, and which value wins.
 
-`parse_args` leaves nothing open. `resolve` lists every default; `train.py --show-recipe` prints its result.
+`parse_args` gives every argument a value. `resolve` decides it; `train.py --show-recipe` prints the result.
 """
-from runtime import AMP, Parser  # first: torch must not be imported before it
+from runtime import AMP, Parser  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -26,7 +26,7 @@ REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --sc
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
              "s1x": (130_000, (100_000, 120_000))}
 
-# ---- where values come from, strongest first; the names are printed by --show-recipe
+# ---- sources of values; `resolve` has their order
 DEFAULTS = {"model": "fcos", "original": False, "fsaf_branch": "free", "decouple": True, "cosine": False,
             "backbone": "resnet50", "caffe": False, "fpn_channels": 256, "max_size": 1333,
             "train_split": "train2017", "val_split": "val2017", "drop_empty": False, "use_difficult": False,
@@ -61,19 +61,21 @@ SHAPES_TWO_STAGE = {"epochs": 1.5, "min_size": [160], "max_size": 214, "roi_samp
 # From random weights FSAF takes longer than FCOS: its head has no group norm.
 SHAPES_MODEL = {"fcos": {"epochs": 1.75}, "fsaf": {"epochs": 2.5}, "defrcn": SHAPES_TWO_STAGE,
                 "faster_rcnn": SHAPES_TWO_STAGE}
-NOVEL_SHAPES = {"max_steps": 200}
+SHAPES_NOVEL = {"max_steps": 200}
 # Random weights must not be frozen, and batch norm must learn its statistics.
 FROM_SCRATCH = {"norm": "batch", "freeze_at": 0, "optimizer": "adamw"}
-# Every published number was trained with SGD. From random weights it takes many epochs to tell classes apart.
-# AdamW takes a few, because its steps do not shrink with the tiny gradients at the start.
+# Every published number was trained with SGD. From random weights SGD needs many epochs to tell classes
+# apart. AdamW needs a few, because its steps do not shrink with the tiny gradients at the start.
 ADAMW = {"lr": 0.002, "weight_decay": 0.05}
 
 
 def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dict, dict]:
     """The value of every argument, and where it comes from: two dicts with the same keys.
 
-    given: arguments on the command line. checkpoint: what --init or --resume names, or None. names: of all
-    arguments. The first layer that holds an argument decides its value.
+    The first source that has an argument decides it: command line, checkpoint, AdamW, random weights, shapes
+    in the novel stage, few-shot on VOC, novel stage, shapes, joint form, recipe of the model, default.
+    given: arguments on the command line. checkpoint: what --init or --resume names, or None. names: the names
+    of all arguments.
     """
     layers = [("command line", given)]
     if checkpoint:
@@ -89,7 +91,7 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     is_voc = not value("train_json") and Path(data).is_dir() and layout(data) == "voc"
     novel = stage == "novel"
     joint = model == "fsaf" and value("fsaf_branch") == "both"
-    layers += [("built-in shapes, novel stage", NOVEL_SHAPES if novel and is_shapes else {}),
+    layers += [("built-in shapes, novel stage", SHAPES_NOVEL if novel and is_shapes else {}),
                ("published recipe, few-shot on VOC", FEW_SHOT_VOC[stage] if stage and is_voc else {}),
                ("published recipe, novel stage", NOVEL_STAGE if novel else {}),
                ("built-in shapes", {**SHAPES, **SHAPES_MODEL[model]} if is_shapes else {}),
@@ -102,7 +104,7 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
         layers.insert(1 + bool(checkpoint), ("random weights", FROM_SCRATCH))
     if value("optimizer") == "adamw":
         layers.insert(1 + bool(checkpoint), ("AdamW", ADAMW))
-    # A length in steps replaces one in epochs, and the other way round.
+    # A source with one length (steps or epochs) unsets the other length of weaker sources.
     layers = [(source, {"epochs": None, "max_steps": None, **layer} if {"epochs", "max_steps"} & set(layer)
                else layer) for source, layer in layers]
 
@@ -131,11 +133,12 @@ def make_parser(default) -> Parser:
           help="FSAF's anchor-free branch (free, the default), RetinaNet's anchor-based one, or both")
     model("--fsaf-joint", action="store_const", dest="fsaf_branch", const="both", help="the joint form")
     model("--ignore-scale", type=float,
-          help="side of FSAF's ignore region over the box's: 0.2, or 0.5 with both branches")
-    model("--no-decouple", action="store_false", dest="decouple", help="DeFRCN without decoupled layers")
+          help="side of FSAF's ignore region in parts of the box's: 0.2, or 0.5 with both branches")
+    model("--no-decouple", action="store_false", dest="decouple",
+          help="DeFRCN without gradient decoupled layers")
     model("--cosine", action="store_true", help="TFA's cosine classifier in place of the linear one")
     model("--rpn-grad-scale", type=float, help="DeFRCN: share of RPN's gradient that reaches the backbone")
-    model("--roi-grad-scale", type=float, help="DeFRCN: the same of the RoI head's gradient")
+    model("--roi-grad-scale", type=float, help="DeFRCN: share of the RoI head's gradient that does so")
     model("--roi-samples", type=int, help="RoIs per image in training (default: 512; shapes: 32)")
     model("--pool-size", type=int, help="grid of RoIAlign (default: 7, Detectron's C4: 14; shapes: 4)")
     model("--proposals", type=int, nargs=2, metavar=("TRAIN", "TEST"),
@@ -143,9 +146,9 @@ def make_parser(default) -> Parser:
     model("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
     model("--weights", help="ImageNet weights: none, a file, or a backbone's name for torchvision's")
     model("--caffe", action="store_true",
-          help="stride on the first 1x1 convolution of a stage, for Detectron's R-50 and R-101")
+          help="caffe-style backbone, for Detectron's R-50 and R-101: its stride is on the first 1x1")
     model("--norm", choices=("frozen", "affine", "batch"),
-          help="batch norm of the backbone: fixed, only scale and offset trained, or ordinary")
+          help="batch norm of the backbone: nothing trains, scale and offset train, or ordinary")
     model("--freeze-at", type=int, help="number of stages that do not train, the stem included")
     model("--fpn-channels", type=int, help="default: 256 (shapes: 64)")
     data = parser.add_argument_group("data").add_argument
@@ -153,9 +156,9 @@ def make_parser(default) -> Parser:
     data("--train-split", help="default: train2017; several joined by +")
     data("--val-split", help="default: val2017")
     data("--train-json", help="COCO-format file, with --train-images")
-    data("--train-images", help="folder of its images")
+    data("--train-images", help="image folder of --train-json")
     data("--val-json", help="COCO-format file, with --val-images")
-    data("--val-images", help="folder of its images")
+    data("--val-images", help="image folder of --val-json")
     data("--min-size", type=int, nargs="+",
          help="short side in px; one of several is drawn per image (default: 800; shapes: 128)")
     data("--max-size", type=int, help="limit of the long side in px (default: 1333; shapes: 128)")
@@ -179,7 +182,7 @@ def make_parser(default) -> Parser:
     optim("--schedule", choices=SCHEDULES, help="steps and lr drops, for a batch of 16 (default: 1x)")
     optim("--epochs", type=float, help="length; the lr drops at the same fractions as in the schedule")
     optim("--max-steps", type=int, help="length in steps, in place of --epochs")
-    optim("--warmup-steps", type=int, help="at most a tenth of the run is used")
+    optim("--warmup-steps", type=int, help="limited to a tenth of the run")
     optim("--weight-decay", type=float)
     optim("--clip", type=float, help="limit of the L2 norm of the gradient, 0 = none")
     optim("--amp", choices=AMP, help="precision of the network (default: off, which is float32)")
@@ -247,7 +250,7 @@ def recipe_table(args: argparse.Namespace, sources: dict) -> str:
     return "\n".join(f"{name:15} {value!s:36} {source}" for name, value, source in rows)
 
 
-# Signs of numbers; an argument that is not used is None.
+# Arguments that must be at least 0, and above 0. An argument that is not used is None.
 NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures",
                 "rpn_grad_scale", "roi_grad_scale")
 POSITIVE = ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
@@ -266,13 +269,13 @@ def _check(parser: Parser, args: argparse.Namespace):
     two_stage, novel = args.model in ("defrcn", "faster_rcnn"), args.stage == "novel"
     few_shot = (args.stage or args.generalized or args.novel_classes or args.cosine
                 or not args.decouple and args.model != "faster_rcnn")
-    ring = args.ignore_scale
+    ignore_scale = args.ignore_scale
     for wrong, message in (
             (args.train_json and not args.val_json and args.data == "shapes" and not args.no_eval,
              "give --val-json and --val-images too, or --no-eval"),
             (args.workers > MAX_WORKERS, f"--workers must be at most {MAX_WORKERS}, not {args.workers}"),
             (args.max_steps and args.epochs, "give --epochs or --max-steps, not both"),
-            # At 32 a group norm group would be one channel: nothing to normalise on a 1 x 1 level.
+            # With 32 channels a group of the group norm has one value on a 1 x 1 level: nothing to normalise.
             (args.model == "fcos" and args.fpn_channels % 64, "--fpn-channels must be a multiple of 64 (32 "
              f"groups of two or more channels), not {args.fpn_channels}"),
             (few_shot and not two_stage, "--stage, --generalized, --novel-classes, --cosine and "
@@ -281,12 +284,12 @@ def _check(parser: Parser, args: argparse.Namespace):
             (novel and not (args.init or args.resume),
              "--stage novel fine-tunes: give the base stage's checkpoint with --init"),
             (args.model != "fcos" and args.original, "--original is a form of FCOS: give --model fcos"),
-            (args.model != "fsaf" and (args.fsaf_branch != "free" or ring is not None),
+            (args.model != "fsaf" and (args.fsaf_branch != "free" or ignore_scale is not None),
              "--fsaf-joint, --fsaf-branch and --ignore-scale belong to --model fsaf"),
-            (args.fsaf_branch == "anchor" and ring != IGNORE_SCALE,
+            (args.fsaf_branch == "anchor" and ignore_scale != IGNORE_SCALE,
              "--ignore-scale belongs to the anchor-free branch: --fsaf-branch anchor has none"),
-            (ring is not None and not EFFECTIVE_SCALE <= ring <= 1,
-             f"--ignore-scale must be {EFFECTIVE_SCALE} (no ring) to 1, not {ring}"),
+            (ignore_scale is not None and not EFFECTIVE_SCALE <= ignore_scale <= 1,
+             f"--ignore-scale must be {EFFECTIVE_SCALE} (no ring) to 1, not {ignore_scale}"),
             (not 0 <= args.freeze_at <= 5,
              f"--freeze-at must be 0..5 (stem and four stages), not {args.freeze_at}"),
             (args.loss_scale != "dynamic" and not _is_positive(args.loss_scale),

@@ -1,5 +1,5 @@
 """What a training run writes down: its environment, log lines on the screen, the file log.jsonl."""
-from runtime import Place, UserError, atomic_write, print0  # first: torch must not be imported before it
+from runtime import Place, UserError, atomic_write, print0  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -45,7 +45,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class RunLog:
-    """Mean losses and times since the last log line: printed, and a line of log.jsonl.
+    """Prints mean losses and times since the last log line, and writes them to log.jsonl.
 
     start: the first step of this process.
     """
@@ -72,7 +72,7 @@ class RunLog:
         self.clock = time.perf_counter()
 
     def write(self, done: int, lr: float, max_steps: int, steps_per_epoch: int):
-        """The line after `done` steps. Every rank must call this."""
+        """Writes the log line of step `done`. Every rank must call this."""
         means = torch.stack(list(self.loss_sums.values())) / (done - self.logged)
         if self.place.world > 1:
             dist.all_reduce(means)
@@ -129,7 +129,7 @@ def refuse_second_writer(log_file, out: Path):
 
 
 def trim_log(path: Path, step: int):
-    """Removes the lines after `step`, and a last line that is cut off: the resumed run writes them again."""
+    """Removes the lines after `step` and an incomplete last line. The resumed run writes them again."""
     lines = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:

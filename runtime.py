@@ -1,7 +1,7 @@
-"""Where a script runs and how it ends: device, ranks, precision, files that appear whole, one-line errors."""
+"""Where a script runs and how it ends: device, ranks, precision, atomic files, one-line errors."""
 import os
 
-# Scripts import this file before torch, which would import an installed torch_npu: only --device npu should.
+# Import this file before torch. Otherwise torch imports an installed torch_npu, even without --device npu.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import argparse
@@ -117,7 +117,7 @@ def print0(*args):
 # ------------------------------------------------------------------------------------------ files
 
 def make_folder(path: Path):
-    """Makes an output folder, before any work is done for it. Raises UserError if that is impossible."""
+    """Makes an output folder and checks that it is writable. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM set `received` instead of stopping: a training step ends and is saved first."""
+    """Ctrl-C and SIGTERM set `received`. The training loop then finishes its step, saves and ends."""
 
     def __init__(self):
         self.received = False
@@ -187,7 +187,7 @@ class Interrupts:
 def run_main(main, explain=None):
     """Calls main() and turns a user's mistake into one line instead of a traceback.
 
-    explain: a function that gets an unexpected error and returns its line, or None for a bug. With several
+    explain: takes an unexpected error; returns one line for the user, or None if it is a bug. With several
     ranks, only the first to fail prints the reason; the others usually fail as a consequence.
     """
     try:
@@ -216,7 +216,7 @@ def run_main(main, explain=None):
 
 
 def _fails_first() -> bool:
-    """Whether this rank is the first of its run to fail, counted in the store in which the ranks met."""
+    """Whether this rank is the first of its run to fail. The ranks count failures in torchrun's store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     try:

@@ -5,7 +5,7 @@ A shot is one box. The lists of shots that TFA (arXiv 2003.06957) published are 
     cocosplit/seed0/full_box_10shot_person_trainval.json     COCO format, beside the data folder `coco`
     vocsplit/seed0/box_10shot_bird_train.txt                 image paths, in the folder that holds VOC2007
 
-Elsewhere the same protocol draws lists, with a seed.
+Where they do not exist, lists are drawn by the same protocol from a seed.
 """
 import json
 import os
@@ -23,7 +23,8 @@ DRAWS = 1000  # draws without a fitting image before the sampling gives up
 class Subset(DetectionDataset):
     """Some images of a dataset with some of their boxes, under a class list of its own.
 
-    images: indices into the source, one per record; an image may occur several times. rows: for each record
+    A record is one entry of this dataset. images: indices into the source, one per record; an image may occur
+    several times. rows: for each record
     the rows of `source.boxes` that it keeps. names: C class names, all of them known to the source; boxes of
     other classes are left out.
     """
@@ -106,8 +107,8 @@ def sample_coco(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], l
 def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], list]:
     """Image lists as TFA draws them for VOC: {(class, K): images}, for every K of SHOTS up to 10.
 
-    boxes_of: as in `sample_coco`. For every K as many images are drawn as boxes are missing. They are
-    appended until their objects of the class fill the gap. So a list may hold more than K boxes, and an image
+    boxes_of: as in `sample_coco`. For each K, the number of drawn images equals the number of missing boxes.
+    They are appended one by one until K boxes are reached. A list may hold more than K boxes, and one image
     twice.
     """
     rng, lists = random.Random(seed), {}
@@ -128,9 +129,9 @@ def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], li
 
 
 def lists_folder(args: dict, voc: bool) -> Path | None:
-    """The folder of the published lists: --shot-lists, or TFA's place beside the data. None: sample shots.
+    """The folder of the published lists: --shot-lists, or TFA's place beside the data.
 
-    args: arguments of train.py. Raises DataError if the folder that was given does not exist.
+    args: arguments of train.py. Returns None if shots are to be sampled. Raises DataError if the folder that was given does not exist.
     """
     if args["shot_lists"]:
         if str(args["shot_lists"]) == "none":
@@ -151,7 +152,7 @@ def k_shot_subset(source: DetectionDataset, names: list[str], shots: int, seed: 
     source: all images with all classes. lists: folder of the published lists; if None, shots are sampled and
     the lists are saved in the folder `save_to` in the same layout. As published, COCO's shots are merged by
     image, and its other objects become background. In VOC every shot is a record of its own, at most K per
-    class. Raises DataError for a missing or foreign list and for too few boxes.
+    class. Raises DataError for a missing list, a list of other data, or too few boxes.
     """
     if lists is not None:
         rows_of = _read_lists(lists / f"seed{seed}", source, names, shots)
@@ -165,8 +166,8 @@ def k_shot_subset(source: DetectionDataset, names: list[str], shots: int, seed: 
                 _write_list(_list_path(folder, source, name, shots), source, rows_of[name], images_of[name])
             origin = f"sampled, lists in {folder}"
     if source.voc:
-        # DIFFERS: seeded. The official code draws K boxes with numpy's unseeded global state. It draws again
-        # for the calibration, which may then see other shots.
+        # DIFFERS: the draw of K boxes is seeded. The official code draws them with numpy's unseeded global
+        # state. It draws again for the calibration, which may then see other shots.
         rng = random.Random(seed)
         rows_of = {name: rng.sample(rows, min(shots, len(rows))) for name, rows in rows_of.items()}
     empty = [name for name, rows in rows_of.items() if not rows]

@@ -14,7 +14,7 @@
 The file reads from top to bottom: schedule, optimizer, data and model, checkpoints, then main() with the
 loop. Arguments and published recipes are in recipes.py.
 """
-from runtime import (  # first: torch must not be imported before it
+from runtime import (  # before torch: see the first lines of runtime.py
     AMP,
     Interrupts,
     Place,
@@ -74,14 +74,14 @@ class Schedule(NamedTuple):
     """Length and learning rate of a run."""
     max_steps: int
     base_lr: float
-    drops: list[int]  # steps after which the lr is a tenth
+    drops: list[int]  # steps from which the lr is a tenth of the lr before
     warmup_steps: int
     warmup_factor: float  # lr of the first step over base_lr
     constant_warmup: bool
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """The published schedule, scaled to the batch size, or to the length that was asked for."""
+    """The published schedule, scaled to the batch size. --epochs or --max-steps set another length."""
     max_steps = (args.max_steps or (math.ceil(args.epochs * steps_per_epoch) if args.epochs else
                                     round(args.schedule_steps * REFERENCE_BATCH / args.batch_size)))
     drops = [round(max_steps * drop / args.schedule_steps) for drop in args.schedule_drops]
@@ -97,7 +97,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 def learning_rate(step: int, schedule: Schedule) -> float:
     """Learning rate of a step (0-based): warm-up, linear or constant, then a tenth after each drop.
 
-    It depends on nothing that changes during a run, so a resumed run continues it.
+    It depends on the step and the arguments alone, so a resumed run has the same lr.
     """
     rate = schedule.base_lr * 0.1 ** sum(step >= drop for drop in schedule.drops)
     if step >= schedule.warmup_steps:
@@ -107,13 +107,13 @@ def learning_rate(step: int, schedule: Schedule) -> float:
     return rate * (1 - (1 - step / schedule.warmup_steps) * (1 - schedule.warmup_factor))
 
 
-def split_batch(args: argparse.Namespace, world: int) -> int:
-    """Number of micro-batches that every rank adds up to one step. Raises UserError if it does not divide."""
+def micro_batches_per_step(args: argparse.Namespace, world: int) -> int:
+    """Number of micro-batches per rank and step. Raises UserError if the batch does not divide evenly."""
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by {world} ranks")
     micro_batch = args.micro_batch or args.batch_size // world
     if args.batch_size % (world * micro_batch):
-        raise UserError(f"--batch-size {args.batch_size} is not {world} ranks x a multiple of "
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {world} ranks x "
                         f"--micro-batch {micro_batch}")
     accumulate = args.batch_size // (world * micro_batch)
     print0(f"batch {args.batch_size} = {world} rank(s) x {accumulate} micro-batch(es) x {micro_batch} images"
@@ -130,12 +130,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float
     The lr and the decay of the biases are bias_lr and bias_decay times those of the rest. As in mmdetection
     2.x, the weight and bias of a norm layer belong to the rest.
     """
-    of_layers = {f"{name}.bias" for name, module in model.named_modules()
+    layer_biases = {f"{name}.bias" for name, module in model.named_modules()
                  if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, Affine))}
     rest, biases = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (biases if name in of_layers else rest).append(parameter)
+            (biases if name in layer_biases else rest).append(parameter)
     return [{"params": rest, "weight_decay": weight_decay, "lr_factor": 1.0},
             {"params": biases, "weight_decay": weight_decay * bias_decay, "lr_factor": bias_lr}]
 
@@ -148,12 +148,14 @@ def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.op
 
 
 class LossScaler:
-    """Loss scaling for float16. The scale is halved, and the step left out, where gradients overflow; it is
-    doubled after SCALE_GROWTH_STEPS good steps in a row. A setting other than "dynamic" is a fixed scale.
+    """Loss scaling for float16.
 
-    torch.amp.GradScaler does the same in float64 on the device, which an NPU does not have, and it waits for
-    the device once more per step. Here the scale is a number on the host.
+    If gradients overflow, the step is skipped and the scale is halved. After SCALE_GROWTH_STEPS good steps in
+    a row the scale is doubled. A setting other than "dynamic" is a fixed scale.
     """
+
+    # torch.amp.GradScaler computes in float64 on the device, which an NPU does not have. It also waits for
+    # the device once more per step. Here the scale is a number on the host.
 
     def __init__(self, setting: str, enabled: bool):
         self.enabled, self.dynamic, self.good_steps = enabled, enabled and setting == "dynamic", 0
@@ -178,7 +180,7 @@ class LossScaler:
 
 # --------------------------------------------------------------------------------------------- data and model
 
-def check_data(args: argparse.Namespace, train_set: DetectionDataset,
+def training_indices(args: argparse.Namespace, train_set: DetectionDataset,
                val_set: DetectionDataset | None) -> np.ndarray:
     """Prints the notes and the class table; returns the indices of the training images. Raises DataError."""
     for line in (*train_set.notes, train_set.table(), *(val_set.notes if val_set else ())):
@@ -197,7 +199,7 @@ def check_data(args: argparse.Namespace, train_set: DetectionDataset,
 
 def input_shapes(args: argparse.Namespace, train_set: DetectionDataset,
                  device: torch.device) -> list[tuple[int, int]] | None:
-    """Fixed sizes to which batches are padded, for --pad-to and --compile; None: no fixed sizes."""
+    """Sizes to which batches are padded (--pad-to, --compile). None: the size follows the batch."""
     if args.compile and device.type == "npu":
         raise UserError("--compile is for GPUs and CPUs, not for an NPU")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
@@ -217,7 +219,7 @@ def make_model(args: argparse.Namespace, checkpoint: dict | None, names: list[st
     elif args.weights != "none" and not args.resume:
         pixels = load_imagenet(model.backbone, args.weights)
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in pixels)
-        # Recipes differ in the mean they use with the same file; the std belongs to the file.
+        # Recipes use different means with one file. Only another std shows that it needs its own values.
         if not torch.allclose(std, model.pixel_std):
             model.pixel_mean.copy_(mean)
             model.pixel_std.copy_(std)
@@ -230,7 +232,7 @@ def make_model(args: argparse.Namespace, checkpoint: dict | None, names: list[st
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 class TrainingState(NamedTuple):
-    """What a checkpoint holds besides the arguments and the data."""
+    """The objects that a checkpoint saves and a resumed run restores."""
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: LossScaler
@@ -257,9 +259,9 @@ def save_training(step: int, state: TrainingState, args: argparse.Namespace, tra
         save_checkpoint(args.out / f"step_{step}.pth", content)
 
 
-def resume(checkpoint: dict, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
-           place: Place):
-    """Restores everything that `save_training` saved, except the random numbers (`restore_rng`).
+def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Namespace,
+                     train_set: DetectionDataset, place: Place):
+    """Restores everything that `save_training` saved, except the random state (`restore_rng`).
 
     Prints what changes. Raises WeightsError if the run cannot go on with these arguments or data.
     """
@@ -269,7 +271,7 @@ def resume(checkpoint: dict, state: TrainingState, args: argparse.Namespace, tra
             raise WeightsError(f"{path}: was trained with {key} {saved[key]}, not {getattr(args, key)}: a "
                                f"resumed run cannot change that")
     if checkpoint["names"] != train_set.names:
-        raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data has "
+        raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data have "
                            f"{train_set.names}; use --init to fine-tune on other classes")
     for key, value in vars(args).items():
         value = str(value) if isinstance(value, Path) else value
@@ -294,7 +296,7 @@ def resume(checkpoint: dict, state: TrainingState, args: argparse.Namespace, tra
 
 
 def restore_rng(checkpoint: dict, place: Place):
-    """The random numbers of this rank, if the number of ranks is the same."""
+    """Restores the random state of this rank, if the number of ranks is the same."""
     if len(checkpoint["ranks"]) == place.world:
         rng = checkpoint["ranks"][place.rank]["rng"]
         torch.set_rng_state(rng["cpu"])
@@ -305,14 +307,14 @@ def restore_rng(checkpoint: dict, place: Place):
 # ---------------------------------------------------------------------------------------------- main
 
 def any_rank(flags: list[torch.Tensor], world: int) -> list[bool]:
-    """Which of the flags, () bool, is set on any rank: the one wait for the device in a step."""
+    """Which flags, () bool each, are set on any rank. A step waits for the device only here."""
     flags = torch.stack(flags).float()
     if world > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return [flag > 0 for flag in flags.tolist()]
 
 
-def stop_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list, place: Place):
+def fail_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list, place: Place):
     """Ends all ranks; a rank with a value that is not finite prints what it saw."""
     if not all(value.isfinite() for value in (*losses.values(), norm)):
         print(f"rank {place.rank}, step {step}: losses {({k: v.item() for k, v in losses.items()})}, "
@@ -321,13 +323,15 @@ def stop_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list,
                      f"Lower --lr, lengthen --warmup-steps or lower --clip" if place.rank == 0 else 1)
 
 
+# Ranks exchange: the normalisers in every micro-batch (`ops.mean_over_ranks`); the gradients (DDP) and three
+# flags (`any_rank`) in every step; mean losses for a log line; random states and loss sums for a checkpoint.
 def main():
     args, checkpoint = parse_args()
     place = setup_device(args.device, args.amp)
     device, rank, world = place
     print0(environment(place))
     make_folder(args.out)
-    accumulate = split_batch(args, world)
+    accumulate = micro_batches_per_step(args, world)
 
     # ---- data
     train_set = open_dataset(args.data, args.train_split, args.train_json, args.train_images)
@@ -336,36 +340,36 @@ def main():
         val_set = open_dataset(args.data, args.val_split, args.val_json, args.val_images, train_set.names)
     if args.stage:
         train_set, val_set, scoring = fewshot.prepare(args, checkpoint, train_set, val_set, place)
-    batches = TrainBatchSampler(train_set, check_data(args, train_set, val_set), args.batch_size, args.seed,
-                                rank, world, accumulate)
-    schedule = make_schedule(args, batches.steps_per_epoch)
+    indices = training_indices(args, train_set, val_set)
+    sampler = TrainBatchSampler(train_set, indices, args.batch_size, args.seed, rank, world, accumulate)
+    schedule = make_schedule(args, sampler.steps_per_epoch)
     shapes = input_shapes(args, train_set, device)
 
     # ---- model, optimizer, resume
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights on all ranks
     model = make_model(args, checkpoint, train_set.names).to(device, memory_format=memory_format(device))
     optimizer, scaler = make_optimizer(args, model), LossScaler(args.loss_scale, enabled=args.amp == "fp16")
-    torch.manual_seed(args.seed + rank)
+    torch.manual_seed(args.seed + rank)  # other dropout and samples on every rank
     start = checkpoint["step"] if args.resume else 0
     if start >= schedule.max_steps:
-        raise UserError(f"{args.resume} is at step {start}, the run ends at {schedule.max_steps}: nothing "
-                        f"left to train (evaluate.py scores it)")
+        raise UserError(f"{args.resume} is at step {start}, the run ends at {schedule.max_steps}: no "
+                        f"step is left to train (evaluate.py scores it)")
     log = RunLog(args, start, place)
     state = TrainingState(model, optimizer, scaler, log)
     if args.resume:
-        resume(checkpoint, state, args, train_set, place)
+        restore_training(checkpoint, state, args, train_set, place)
 
     # ---- loop
-    interrupts = Interrupts()  # before the loader forks: Ctrl-C must not kill its processes under a step
+    interrupts = Interrupts()  # before the loader forks: Ctrl-C must not kill its processes during a step
     if args.compile:
         model.compile(dynamic=False)
     ddp = model if world == 1 else DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device.index])
-    batches.start, batches.stop = start, schedule.max_steps
+    sampler.start, sampler.stop = start, schedule.max_steps
     samples = TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed)
     make_batch = partial(collate, size_divisor=model.size_divisor, shapes=shapes,
                          min_objects=train_set.max_objects() if shapes else 1)
-    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=args.workers, collate_fn=make_batch,
+    loader = iter(DataLoader(samples, batch_sampler=sampler, num_workers=args.workers, collate_fn=make_batch,
                              pin_memory=device.type != "cpu"))
     if args.resume:
         restore_rng(checkpoint, place)  # after the loader, which draws a random number when it starts
@@ -383,8 +387,9 @@ def main():
             images, sizes, gt_boxes, gt_labels = (batch[key].to(device, non_blocking=True) for key in
                                                   ("images", "sizes", "gt_boxes", "gt_labels"))
             images = images.contiguous(memory_format=memory_format(device))
-            last = micro == accumulate - 1
-            with nullcontext() if world == 1 or last else ddp.no_sync():  # gradients are reduced once a step
+            last_micro = micro == accumulate - 1
+            # Gradients are reduced once a step.
+            with nullcontext() if world == 1 or last_micro else ddp.no_sync():
                 with autocast(device, AMP[args.amp]):
                     losses = ddp(images, sizes, gt_boxes, gt_labels)
                 (sum(losses.values()) / accumulate * scaler.scale).backward()
@@ -392,36 +397,36 @@ def main():
 
         scaler.unscale(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        # Infinite gradients are ordinary only under fp16 loss scaling, which skips such a step.
+        # Under fp16 loss scaling infinite gradients skip the step. Otherwise they are an error.
         overflow = ~torch.isfinite(norm)
         finite = torch.isfinite(sum(log.loss_sums.values())) & (~overflow | scaler.enabled)
         nonfinite, overflow, stop = any_rank(
             [~finite, overflow, torch.tensor(interrupts.received, device=device)], world)
         if nonfinite:
-            stop_nonfinite(step, losses, norm, image_ids, place)
+            fail_nonfinite(step, losses, norm, image_ids, place)
         if not overflow:
             optimizer.step()
         scaler.update(overflow)
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        ends = done == schedule.max_steps
-        if done % args.log_every == 0 or ends:
-            log.write(done, lr, schedule.max_steps, batches.steps_per_epoch)
-        if done % args.save_every == 0 or ends or stop:
+        is_last = done == schedule.max_steps
+        if done % args.log_every == 0 or is_last:
+            log.write(done, lr, schedule.max_steps, sampler.steps_per_epoch)
+        if done % args.save_every == 0 or is_last or stop:
             save_training(done, state, args, train_set, place)
-        if stop and not ends:
+        if stop and not is_last:
             print0(f"interrupted: saved {args.out / 'last.pth'} at step {done}; go on with --resume")
             return
-        if val_set and (ends or args.eval_every and done % args.eval_every == 0):
+        if val_set and (is_last or args.eval_every and done % args.eval_every == 0):
             settings = EvalSettings(max(args.min_size), args.max_size, workers=args.workers,
                                     amp=AMP[args.amp], pad_to=args.pad_to, pictures=args.pictures)
             try:
                 with interrupts.at_once():  # the checkpoint is saved: an evaluation may be cut off
                     evaluate(model, val_set, place, args.out, settings, **scoring)
             except KeyboardInterrupt:
-                raise SystemExit(f"interrupted while scoring step {done}; evaluate.py --ckpt "
-                                 f"{args.out / 'last.pth'} does it again") from None
+                raise SystemExit(f"interrupted while scoring step {done}; run evaluate.py --ckpt "
+                                 f"{args.out / 'last.pth'} to score it") from None
             log.restart_clock()
 
 

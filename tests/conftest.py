@@ -7,13 +7,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = Path(__file__).parent / "programs"
 SHARED = Path(os.environ.get("DETECTION_SHARED", ROOT.parent / "shared"))
 DATA = Path(os.environ.get("DETECTION_DATA", SHARED / "data"))
 sys.path.insert(0, str(ROOT))
+import shapes  # noqa: E402
 from runtime import run_main  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    """The recorded gradients were made with two threads; their last digits depend on it."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -32,22 +40,32 @@ def _data(name: str) -> Path:
     return DATA / name
 
 
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """The built-in set with few images."""
+    monkeypatch.setattr(shapes, "SHAPES_IMAGES", {"train": 80, "val": 16})
+
+
 # ---------------------------------------------------------------------------- scripts
 
 @pytest.fixture
-def in_process(tmp_path, monkeypatch, capsys):
+def in_process(tmp_path, monkeypatch, capsys, small_shapes):
     """Runs a script's main() in this process, in a fresh folder; gives what it printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def run(main, *words) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         capsys.readouterr()
         main()
         return capsys.readouterr().out
-    return run
+    yield run
+    for number, handler in handlers.items():  # train.py replaces them
+        signal.signal(number, handler)
 
 
 @pytest.fixture
-def mistake(tmp_path, monkeypatch, capsys):
+def mistake(tmp_path, monkeypatch, capsys, small_shapes):
     """Runs a script's main() in this process, in a fresh folder; gives the line with which it stops."""
     def run(main, *words) -> str:
         monkeypatch.chdir(tmp_path)

@@ -146,9 +146,7 @@ def assert_static_shapes(model, batch):
 
 
 def assert_compiles(model, batch):
-    explanation = torch._dynamo.explain(model.train())(*batch)
-    assert explanation.graph_break_count == 0 and explanation.graph_count == 1
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model.train(), backend="aot_eager", fullgraph=True)  # a graph break raises
     for mine, theirs in zip(compiled(*batch).values(), model(*batch).values()):
         torch.testing.assert_close(mine, theirs)
 

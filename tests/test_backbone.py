@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbone import ARCHITECTURES, FPN, ResNet, normalise_images
+from backbone import ARCHITECTURES, FPN, FixedStatsBatchNorm2d, ResNet, conv_bn, normalise_images
 
 
 def on_meta(name, **options):
@@ -101,6 +101,24 @@ def test_only_batch_norm_mode_updates_statistics(norm, updates):
         assert torch.equal(before[key], model.state_dict()[key]) != updates, key
     for features in (fresh, trained):
         assert torch.equal(features[-1], model.eval()(images)[-1]) != updates
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_norm_folded_into_its_convolution_is_the_norm_after_it(trained):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False), FixedStatsBatchNorm2d(6)
+    for value in norm.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    norm.requires_grad_(trained)
+    x = torch.randn(2, 4, 9, 8, requires_grad=True)
+    inputs = [x, conv.weight, *(norm.parameters() if trained else ())]
+    folded, separate = conv_bn(x, conv, norm), norm(conv(x))
+    torch.testing.assert_close(folded, separate, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(separate)
+    for one, two in zip(torch.autograd.grad((folded * weight).sum(), inputs),
+                        torch.autograd.grad((separate * weight).sum(), inputs)):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- FPN

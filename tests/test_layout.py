@@ -10,7 +10,7 @@ LAYERS = (("ops", "runtime"),
           ("defrcn", "convert"),
           ("checkpoint", "fewshot"),
           ("evaluate", "recipes"),
-          ("train",),
+          ("train", "peers"),
           ("browse", "export", "benchmark"))
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {("shapes", "data"), ("subsets", "data"), ("metrics", "data"), ("draw", "data"),

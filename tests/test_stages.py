@@ -19,7 +19,7 @@ def base(tmp_path_factory):
     """A base-stage checkpoint of two steps."""
     folder = tmp_path_factory.mktemp("base")
     command = [sys.executable, str(ROOT / TINY[0]), *map(str, TINY[1:]), "--stage", "base",
-               "--max-steps", "2", "--no-eval", "--out", str(folder)]
+               "--train-split", "val", "--max-steps", "2", "--no-eval", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(threads=2))
     assert done.returncode == 0, done.stderr
     assert ("base stage: disc, square, triangle, star, cross, ring (novel classes: arrow, heart)"
