@@ -356,7 +356,7 @@ def _args_from_tensors(state: State) -> dict:
 
 
 def _class_names(meta: dict, count: int, model: str) -> tuple[list[str] | None, str]:
-    """Class names and a remark. The names are mmdetection's, or the usual ones of so many classes, or None."""
+    """Class names and a remark. The names are mmdetection's, or the usual ones for the count, or None."""
     dataset = meta.get("dataset_meta")
     dataset = dataset if isinstance(dataset, dict) else meta
     written = dataset.get("classes") or dataset.get("CLASSES")

@@ -83,8 +83,10 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
                                    place.rank, place.world)
     make_batch = partial(collate, size_divisor=model.size_divisor,
                          shapes=[settings.pad_to] if settings.pad_to else None)
+    # A generator of its own: starting the loader must not change the random numbers of a training.
     loader = DataLoader(TestSamples(dataset, settings.min_size, settings.max_size), batch_sampler=sampler,
-                        num_workers=settings.workers, collate_fn=make_batch, pin_memory=device.type != "cpu")
+                        num_workers=settings.workers, collate_fn=make_batch, pin_memory=device.type != "cpu",
+                        generator=torch.Generator())
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
     nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # loads the kernels untimed
     clock = time.perf_counter()
@@ -140,19 +142,16 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     groups: groups of classes; the mean APs of each are added to the metrics. calibrate: changes the results;
     they are scored before and after. Every rank must call this; rank 0 returns the metrics, the others {}.
     """
-    plain, milliseconds = detect(model, dataset, place, settings)
-    results = calibrate(dataset, plain) if calibrate else plain
+    uncalibrated, milliseconds = detect(model, dataset, place, settings)
+    results = calibrate(dataset, uncalibrated) if calibrate else uncalibrated
     if place.rank > 0:
         return {}
     write_json(out / "detections.json", results)
-    metrics = score(dataset, plain)
+    metrics = _score_with_groups(dataset, uncalibrated, groups, calibrated=False)
     if calibrate:
-        if groups:
-            _add_group_means(metrics, groups, calibrated=False)
         print("after the prototypical calibration:")
-        metrics = {**score(dataset, results), "before_calibration": metrics}
-    if groups:
-        _add_group_means(metrics, groups, calibrated=calibrate is not None)
+        calibrated = _score_with_groups(dataset, results, groups, calibrated=True)
+        metrics = {**calibrated, "before_calibration": metrics}
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in milliseconds.items()}
     print("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
@@ -160,10 +159,14 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     return metrics
 
 
-def _add_group_means(metrics: dict, groups: ClassGroups, calibrated: bool):
-    means = group_means(metrics, groups.members)
-    metrics[groups.key] = {**groups.info, "calibrated": calibrated, **means}
-    print("  ".join(f"{name} {shown(value)}" for name, value in means.items()))
+def _score_with_groups(dataset: DetectionDataset, results: list[dict], groups: ClassGroups | None,
+                       calibrated: bool) -> dict:
+    metrics = score(dataset, results)
+    if groups:
+        means = group_means(metrics, groups.members)
+        metrics[groups.key] = {**groups.info, "calibrated": calibrated, **means}
+        print("  ".join(f"{name} {shown(value)}" for name, value in means.items()))
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------- script
@@ -221,8 +224,8 @@ def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:
         return image_folder(args.images, names, info["category_ids"])
     foreign, few_shot = trained["data"] is None, bool(trained["stage"])
     if args.data or args.json:
-        split = args.split or ("val" if args.data == "shapes" else
-                               "val2017" if trained["data"] in (None, "shapes") else trained["val_split"])
+        split = trained["val_split"] if trained["data"] not in (None, "shapes") else "val2017"
+        split = args.split or ("val" if args.data == "shapes" else split)
         dataset = open_dataset(args.data or "", split, args.json, args.image_dir,
                                None if few_shot or foreign else names)
     elif foreign:
@@ -245,6 +248,16 @@ def _class_names_of_data(ckpt: str, names: list[str], dataset: DetectionDataset)
                         f"{len(dataset.names)}. Name the classes of the checkpoint, in its order, with "
                         f"--classes")
     return dataset.names
+
+
+def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place, out: Path,
+                settings: EvalSettings):
+    """Writes the detections of images without annotations: detections.json and a drawing of each image."""
+    results, _ = detect(model, dataset, place, settings)
+    if place.rank == 0:
+        write_json(out / "detections.json", results)
+        draw_detections(dataset, results, out / "pictures", settings.pictures)
+        print(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
 
 
 def score_file(args: argparse.Namespace):
@@ -274,20 +287,15 @@ def main():
     make_folder(out)
     dataset = choose_dataset(args, info)
     settings = EvalSettings(
-        args.min_size or max(trained["min_size"]), args.max_size or trained["max_size"], args.batch_size,
-        args.workers, AMP[args.amp], args.pad_to or trained["pad_to"],
-        len(dataset) if args.images else args.pictures)
+        min_size=args.min_size or max(trained["min_size"]), max_size=args.max_size or trained["max_size"],
+        batch_size=args.batch_size, workers=args.workers, amp=AMP[args.amp],
+        pad_to=args.pad_to or trained["pad_to"], pictures=len(dataset) if args.images else args.pictures)
     if settings.pad_to:
         check_pad_to(dataset, [settings.min_size], settings.max_size, settings.pad_to)
     print0(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
            f"short side {settings.min_size}, long side at most {settings.max_size} px")
     if args.images:
-        results, _ = detect(model, dataset, place, settings)
-        if place.rank == 0:
-            write_json(out / "detections.json", results)
-            draw_detections(dataset, results, out / "pictures", settings.pictures)
-            print(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
-        return
+        return draw_images(model, dataset, place, out, settings)
     scoring = {}
     if trained["stage"]:
         scoring = checkpoint_scoring(trained, info["names"], place, args.pcb_weights)

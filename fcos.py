@@ -172,6 +172,8 @@ def fcos_losses(logits: Tensor, ltrb: Tensor, centerness: Tensor, labels: Tensor
 
     logits (B, P, C), ltrb (B, P, 4), centerness (B, P): outputs of the head. labels (B, P), target_ltrb
     (B, P, 4): from `fcos_targets`, target_ltrb in the unit of ltrb.
+    "cls" and "centerness" are divided by the number of positives, "box" by the sum of their centerness
+    targets. Both normalisers are means over ranks.
     Returns {"cls", "box", "centerness"}, each () float32. Without positives "box" and "centerness" are 0, and
     still attached to the graph.
     """

@@ -239,7 +239,7 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
 
 # ---------------------------------------------------------------------------------------------- table
 
-# Runs that differ in one of these settings are in different rows.
+# Runs that differ in one setting are in different rows.
 SETTING_KEYS = ("data", "novel", "model", "backbone", "cosine", "decouple", "calibrated", "generalized",
                 "shots")
 TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")

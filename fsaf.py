@@ -331,7 +331,7 @@ def fsaf_losses(logits: Tensor, boxes: Tensor, targets: AnchorFreeTargets, gt_bo
     """Focal loss and IoU loss of the anchor-free branch, with every object on the level that it selects.
 
     ignore_adjacent: the paper's rule for the other levels of an object, see below. The other arguments are
-    those of `level_losses`.
+    those of `level_losses`. Both losses are divided by the number of positives, a mean over ranks.
     Returns {"cls", "box"}, each () float32. Without positives "box" is 0, and still attached to the graph.
     """
     level = select_level(level_losses(logits, boxes, targets, gt_boxes, gt_labels, level_sizes))
@@ -434,7 +434,7 @@ class FSAF(nn.Module):
                  score_threshold: float = SCORE_THRESHOLD, nms_threshold: float = NMS_THRESHOLD):
         super().__init__()
         if joint and anchor_only:
-            raise ValueError("joint means both branches, anchor_only means one: give one of these arguments")
+            raise ValueError("joint means both branches, anchor_only means one: give only one")
         if ignore_scale is None:
             ignore_scale = IGNORE_SCALE_JOINT if joint else IGNORE_SCALE
         if not 0 < effective_scale <= ignore_scale <= 1:

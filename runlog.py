@@ -53,8 +53,12 @@ class RunLog:
     def __init__(self, args: argparse.Namespace, start: int, place: Place):
         self.args, self.start, self.place = args, start, place
         self.logged, self.loss_sums = start, {}  # the step of the last line; sums of losses since then
-        self.data_seconds, self.clock = 0.0, time.perf_counter()
-        self.file = open_log(args, start) if place.rank == 0 else None
+        self.data_seconds, self.clock, self.file = 0.0, time.perf_counter(), None
+
+    def open(self):
+        """Opens log.jsonl on rank 0, see `open_log`."""
+        if self.place.rank == 0:
+            self.file = open_log(self.args, self.start)
 
     def state_dict(self) -> dict:
         return {"logged": self.logged,

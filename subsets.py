@@ -24,9 +24,8 @@ class Subset(DetectionDataset):
     """Some images of a dataset with some of their boxes, under a class list of its own.
 
     A record is one entry of this dataset. images: indices into the source, one per record; an image may occur
-    several times. rows: for each record
-    the rows of `source.boxes` that it keeps. names: C class names, all of them known to the source; boxes of
-    other classes are left out.
+    several times. rows: for each record the rows of `source.boxes` that it keeps. names: C class names, all
+    of them known to the source; boxes of other classes are left out.
     """
 
     def __init__(self, source: DetectionDataset, images, rows, names: list[str]):
@@ -131,7 +130,8 @@ def sample_voc(boxes_of: dict[str, dict], seed: int) -> dict[tuple[str, int], li
 def lists_folder(args: dict, voc: bool) -> Path | None:
     """The folder of the published lists: --shot-lists, or TFA's place beside the data.
 
-    args: arguments of train.py. Returns None if shots are to be sampled. Raises DataError if the folder that was given does not exist.
+    args: arguments of train.py. Returns None if shots are to be sampled. Raises DataError if the folder that
+    was given does not exist.
     """
     if args["shot_lists"]:
         if str(args["shot_lists"]) == "none":

@@ -358,8 +358,9 @@ def main():
     state = TrainingState(model, optimizer, scaler, log)
     if args.resume:
         restore_training(checkpoint, state, args, train_set, place)
+    log.open()  # after all checks: a run that is refused leaves the files of an earlier one as they are
 
-    # ---- loop
+    # ---- loader
     interrupts = Interrupts()  # before the loader forks: Ctrl-C must not kill its processes during a step
     if args.compile:
         model.compile(dynamic=False)
@@ -373,6 +374,8 @@ def main():
                              pin_memory=device.type != "cpu"))
     if args.resume:
         restore_rng(checkpoint, place)  # after the loader, which draws a random number when it starts
+
+    # ---- loop
     model.train()
     for step in range(start, schedule.max_steps):
         lr = learning_rate(step, schedule)

@@ -5,13 +5,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
+import defrcn_rules  # noqa: E402
 import rules  # noqa: E402
+
+from convert import rcnn_from_detectron2  # noqa: E402
+from faster_rcnn import FasterRCNN  # noqa: E402
 
 BATCHES = {"b01": [0, 1], "b02": [0, 2], "b1": [1]}  # indices of the golden images in each batch
 
@@ -105,6 +110,67 @@ def assert_golden_detections(model, arrays, case):
             assert same.sum() == 1
 
 
+# ---------------------------------------------------------------------------- recorded numbers, two stages
+
+def golden_rcnn_records():
+    """(numbers, arrays) recorded from detectron2 and the official DeFRCN."""
+    return json.loads((GOLDEN / "defrcn.json").read_text()), np.load(GOLDEN / "defrcn.npz")
+
+
+def in_index_order(count, device):
+    """Priorities of the recorded runs: the first elements are sampled."""
+    return torch.arange(count, device=device).float()
+
+
+def recorded_weights(keys, num_classes, decouple=True):
+    """The weights of the recorded runs under the names of the official code: {name: tensor}."""
+    row_counts = {"cls_score": num_classes + 1, "bbox_pred": 4 * num_classes}
+    state = {}
+    for key, shape in keys.items():
+        if "cell_anchors" in key or not decouple and key.startswith("affine"):
+            continue
+        for layer, rows in row_counts.items():
+            shape = [rows, *shape[1:]] if layer in key else shape
+        state[key] = torch.from_numpy(defrcn_rules.weight(key, shape))
+    return state
+
+
+def recorded_batch(which):
+    """The recorded images (RGB) and objects under our tensor contract."""
+    records = [defrcn_rules.batch()[i] for i in which]
+    height, width = (max(record[0].shape[axis] for record in records) for axis in (0, 1))
+    count = max(1, *(len(record[1]) for record in records), 1)
+    images = torch.zeros(len(records), 3, height, width, dtype=torch.uint8)
+    boxes, labels = torch.zeros(len(records), count, 4), torch.full((len(records), count), -1)
+    for i, (image, gt, classes) in enumerate(records):
+        images[i, :, :image.shape[0], :image.shape[1]] = torch.from_numpy(
+            image[:, :, ::-1].copy()).permute(2, 0, 1)
+        boxes[i, :len(gt)], labels[i, :len(gt)] = torch.from_numpy(gt), torch.from_numpy(classes)
+    return images, torch.tensor([record[0].shape[:2] for record in records]), boxes, labels
+
+
+def assert_recorded_losses_and_gradients(model, weights, record):
+    """Losses and gradient norms of a model that holds the recorded weights equal those of a recorded case."""
+    images, sizes, boxes, labels = recorded_batch(record["images"])
+    losses = model.train()(images, sizes, boxes, torch.where(labels >= 0, labels % model.num_classes, labels))
+    for ours, theirs in (("cls", "loss_cls"), ("box", "loss_box_reg"), ("rpn_cls", "loss_rpn_cls"),
+                         ("rpn_box", "loss_rpn_loc")):
+        assert losses[ours].item() == pytest.approx(record["losses"][theirs], rel=1e-5, abs=1e-9)
+    sum(losses.values()).backward()
+    # A tensor filled with its own number shows under which name the reader puts it.
+    names = list(weights)
+    numbered = {key: torch.full_like(value, i) for i, (key, value) in enumerate(weights.items())}
+    ours = {names[int(value.flatten()[0])]: key for key, value in rcnn_from_detectron2(numbered).items()
+            if not key.startswith("pixel_") and "num_batches" not in key}
+    parameters = dict(model.named_parameters())
+    for key, norm in record["grad_norm"].items():
+        parameter = parameters.get(ours.get(key))
+        if isinstance(norm, str):  # "frozen" or "none"
+            assert parameter is None or parameter.grad is None
+        else:
+            assert parameter.grad.norm().item() == pytest.approx(norm, rel=5e-3, abs=1e-9), key
+
+
 # ---------------------------------------------------------------------------- small batches
 
 def small_batch(objects=(3, 0)):
@@ -117,6 +183,16 @@ def small_batch(objects=(3, 0)):
         boxes[i, :n] = torch.cat((corner, corner + 10 + 20 * torch.rand(n, 2, generator=generator)), dim=1)
         labels[i, :n] = torch.arange(n) % 3
     return images, torch.tensor([[64, 96], [64, 96]]), boxes, labels
+
+
+def small_two_stage(model=FasterRCNN, pool_size=7, **kwargs):
+    """A small FasterRCNN or DeFRCN with weights from a fixed seed; a grid of 14 is four times slower."""
+    torch.manual_seed(0)
+    model = model(3, "resnet18", norm="affine", freeze_at=0, caffe=False, pool_size=pool_size, roi_samples=16,
+                  post_nms_top_k=(50, 20), sample_order=in_index_order, **kwargs)
+    # Scores far from ties: rounding does not change the order of the proposals.
+    torch.nn.init.normal_(model.rpn.objectness.weight, std=0.1)
+    return model
 
 
 class DynamicOperators(TorchDispatchMode):
@@ -143,6 +219,17 @@ def assert_static_shapes(model, batch):
     with DynamicOperators() as mode:  # the check itself sees what it is made for
         torch.arange(4)[torch.arange(4) > 1].sum().item()
     assert len(mode.found) >= 2
+
+
+def assert_no_box_loss_without_objects(model):
+    """The box losses are 0, and every parameter still has a finite gradient."""
+    images, sizes, boxes, labels = small_batch((0, 0))
+    for gt in ((boxes, labels), (boxes[:, :0], labels[:, :0])):
+        losses = model.train()(images, sizes, *gt)
+        assert losses["box"] == 0 and losses["rpn_box"] == 0 and losses["cls"] > 0
+        model.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def assert_compiles(model, batch):

@@ -4,15 +4,16 @@ import functools
 import numpy as np
 import pytest
 import torch
-from helpers import assert_two_ranks_equal_one, small_batch
-from test_faster_rcnn import (
+from helpers import (
     assert_no_box_loss_without_objects,
     assert_recorded_losses_and_gradients,
-    golden,  # noqa: F401  the fixture
+    assert_two_ranks_equal_one,
+    defrcn_rules,
+    golden_rcnn_records,
     in_index_order,
     recorded_weights,
-    rules,
-    small_model,
+    small_batch,
+    small_two_stage,
 )
 
 from convert import rcnn_from_detectron2
@@ -31,14 +32,19 @@ from weights import WeightsError
 
 class RecordedDropout(torch.nn.Module):
     def forward(self, x):
-        return x * torch.from_numpy(rules.dropout_mask(x.shape))
+        return x * torch.from_numpy(defrcn_rules.dropout_mask(x.shape))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return golden_rcnn_records()
 
 
 # ---------------------------------------------------------------------------- published numbers
 
 @pytest.mark.parametrize("case", ["base_coco", "fsod_coco", "fsod_coco_dropout_off", "gfsod_coco",
                                   "base_coco_gtfree_only"])
-def test_losses_and_gradients_equal_the_published_ones(golden, case):  # noqa: F811
+def test_losses_and_gradients_equal_the_published_ones(golden, case):
     record = golden[0]["train"][case]
     count, freeze_res5 = record["num_classes"], record["freeze"]["roi_feat"]
     model = DeFRCN(count, "resnet50", decouple=record["roi_decouple"][0],
@@ -51,7 +57,7 @@ def test_losses_and_gradients_equal_the_published_ones(golden, case):  # noqa: F
     assert_recorded_losses_and_gradients(model, weights, record)
 
 
-def test_published_sizes_and_what_trains(golden):  # noqa: F811
+def test_published_sizes_and_what_trains(golden):
     with torch.device("meta"):
         base, novel = DeFRCN(60), DeFRCN(20, freeze_res5=True, cls_dropout=0.8)
     buffers = sum(b.numel() for m in base.modules() if isinstance(m, torch.nn.BatchNorm2d)
@@ -66,7 +72,7 @@ def test_published_sizes_and_what_trains(golden):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["coco", "voc"])
-def test_surgery_copies_the_published_rows(golden, case):  # noqa: F811
+def test_surgery_copies_the_published_rows(golden, case):
     record = golden[0]["surgery"][f"{case}_randinit"]
     rows = record["src_row_of_cls_score_bias"]
     old_count, new_count = max(r for r in rows if r is not None), len(rows) - 1
@@ -92,7 +98,7 @@ def test_surgery_copies_the_published_rows(golden, case):  # noqa: F811
     assert all(torch.equal(alone[key], new[key]) for key in new)
 
 
-def test_calibration_equals_the_published_one(golden):  # noqa: F811
+def test_calibration_equals_the_published_one(golden):
     records, arrays = golden[0]["pcb"], golden[1]
     scores, features = (torch.from_numpy(arrays[f"pcb/{key}"]) for key in ("det_scores", "query_features"))
     prototypes = torch.stack([torch.from_numpy(arrays[f"pcb/prototype_{c}"]) for c in range(6)])
@@ -112,14 +118,14 @@ def test_calibration_equals_the_published_one(golden):  # noqa: F811
     assert calibrate(scores[:0], torch.zeros(0, dtype=torch.int64), features[:0], prototypes).shape == (0,)
 
 
-def test_prototypes_and_features_equal_the_published_ones(golden):  # noqa: F811
+def test_prototypes_and_features_equal_the_published_ones(golden):
     records, arrays = golden[0]["pcb"], golden[1]
     net = CalibrationNet()
-    net.load_state_dict({key: torch.from_numpy(np.asarray(rules.weight(
+    net.load_state_dict({key: torch.from_numpy(np.asarray(defrcn_rules.weight(
         key.removeprefix("backbone."), value.shape, "pcb"))) for key, value in net.state_dict().items()})
 
     def describe(name, height, width, boxes):
-        image = torch.from_numpy(rules.image(f"pcb_{name}", height, width)[:, :, ::-1].copy())
+        image = torch.from_numpy(defrcn_rules.image(f"pcb_{name}", height, width)[:, :, ::-1].copy())
         return net(image.permute(2, 0, 1), torch.as_tensor(boxes, dtype=torch.float32))
 
     with torch.no_grad():
@@ -164,12 +170,12 @@ def test_parameters_keep_the_order_in_which_checkpoints_store_optimizer_state():
 
 # ---------------------------------------------------------------------------- the whole model
 
-small_defrcn = functools.partial(small_model, DeFRCN)
+small_defrcn = functools.partial(small_two_stage, DeFRCN)
 
 
 def test_without_decoupling_it_is_faster_rcnn():
     # test_faster_rcnn.py has the published numbers of this network.
-    models = small_defrcn(decouple=False).train(), small_model().train()
+    models = small_defrcn(decouple=False).train(), small_two_stage().train()
     ours, theirs = (model.state_dict() for model in models)
     assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (model(*small_batch()) for model in models)

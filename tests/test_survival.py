@@ -1,4 +1,5 @@
 """Runs that are killed, interrupted, cut off from disk or workers, and spread over ranks and nodes."""
+import argparse
 import json
 import os
 import random
@@ -15,9 +16,8 @@ from conftest import PROGRAMS, torchrun, wait_for
 
 import checkpoint
 import recipes
-import runlog
 import train
-from runlog import trim_log
+from runlog import open_log, trim_log
 from runtime import UserError
 from shapes import OUTLINES
 
@@ -121,12 +121,15 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(background, 
 
 
 def test_one_folder_takes_one_run(tmp_path):
-    with open(tmp_path / "log.jsonl", "a") as one, open(tmp_path / "log.jsonl", "a") as two:
-        runlog.refuse_second_writer(one, tmp_path)
+    args = argparse.Namespace(out=tmp_path, resume=None)
+    with open_log(args, 0):
+        (tmp_path / "last.pth").write_text("of the running training")
         with pytest.raises(UserError, match="another run is writing there"):
-            runlog.refuse_second_writer(two, tmp_path)
-    with open(tmp_path / "log.jsonl", "a") as three:
-        runlog.refuse_second_writer(three, tmp_path)
+            open_log(args, 0)
+        assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "log.jsonl"}
+    with open_log(args, 0):
+        assert {path.name for path in tmp_path.iterdir()} == {"earlier1_last.pth", "earlier1_log.jsonl",
+                                                              "log.jsonl"}
 
 
 # ---------------------------------------------------------------------------------------------- workers

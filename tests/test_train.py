@@ -69,6 +69,15 @@ def test_a_short_run_leaves_its_files(in_process, tmp_path):
         assert words in out
 
 
+def test_a_resume_that_is_refused_leaves_the_log_as_it_is(in_process, mistake, tmp_path):
+    in_process(train.main, *TINY[1:], "--max-steps", 2, "--no-eval")
+    log = tmp_path / "out" / "log.jsonl"
+    log.write_text(before := log.read_text() + '{"step": 3}\n')
+    message = mistake(train.main, "--resume", "out/last.pth", "--max-steps", 4, "--norm", "affine")
+    assert "out/last.pth: was trained with norm batch, not affine" in message
+    assert log.read_text() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["fcos", "fsaf", "defrcn"])
 def test_resuming_repeats_the_uninterrupted_run_exactly(script, tmp_path, model):
