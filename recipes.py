@@ -49,7 +49,8 @@ RECIPES = {
                "rpn_grad_scale": RPN_GRAD_SCALE, "roi_grad_scale": ROI_GRAD_SCALE_BASE},
 }
 RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay": 1.0, "freeze_at": 2,
-                          "pool_size": POOL_SIZE_C4, "decouple": False}
+                          "pool_size": POOL_SIZE_C4, "decouple": False, "rpn_grad_scale": None,
+                          "roi_grad_scale": None}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0, "roi_grad_scale": ROI_GRAD_SCALE_NOVEL}
 FEW_SHOT_VOC = {"base": {"use_difficult": True},
                 "novel": {"use_difficult": True, "roi_grad_scale": ROI_GRAD_SCALE_VOC}}

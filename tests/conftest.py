@@ -1,4 +1,6 @@
 """Paths, data and ways to run a script that several test files share."""
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -47,6 +49,20 @@ def small_shapes(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- scripts
+
+def train_small(folder: Path, *words) -> str:
+    """A short training on few images in this process; gives what it printed. For fixtures of a module."""
+    import train
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(shapes, "SHAPES_IMAGES", {"train": 80, "val": 16})
+        patch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--workers", "0", "--no-eval",
+                                    "--out", str(folder), *map(str, words)])
+        train.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return printed.getvalue()
+
 
 @pytest.fixture
 def in_process(tmp_path, monkeypatch, capsys, small_shapes):

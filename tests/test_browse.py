@@ -13,9 +13,8 @@ from fsaf import FSAF
 from shapes import open_dataset
 
 
-def test_boxes_and_targets_are_drawn(script, in_process, tmp_path):
-    code, out, err = script("browse.py", "--count", 2, "--out", "out")
-    assert code == 0, err
+def test_boxes_and_targets_are_drawn(in_process, tmp_path):
+    out = in_process(browse.main, "--count", 2, "--out", "out")
     assert "heart" in out and "2 drawings in out" in out and (tmp_path / "out" / "1.png").exists()
     out = in_process(browse.main, "--split", "val", "--count", 2, "--out", "out", "--targets")
     assert "heart" in out and "2 drawings in out" in out and (tmp_path / "out" / "1_targets.png").exists()

@@ -1,11 +1,9 @@
 """evaluate.py: checkpoints, the detection loop, and the command itself."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import train_small
 from PIL import Image
 
 import evaluate
@@ -21,10 +19,7 @@ from weights import WeightsError
 def trained(tmp_path_factory):
     """A checkpoint of three training steps on shapes."""
     out = tmp_path_factory.mktemp("run")
-    subprocess.run([sys.executable, str(ROOT / "train.py"), "--max-steps", "3", "--batch-size", "4",
-                    "--train-split", "val", "--no-eval", "--device", "cpu", "--workers", "0",
-                    "--out", str(out)],
-                   check=True, capture_output=True, env=environment(threads=2))
+    train_small(out, "--max-steps", 3, "--batch-size", 4)
     return out / "last.pth"
 
 

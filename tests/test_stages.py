@@ -1,11 +1,9 @@
 """The few-shot commands: base stage, surgery, fine-tuning, scores, table."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import train_small
 
 import fewshot
 import train
@@ -18,12 +16,8 @@ TINY = ("train.py", "--device", "cpu", "--batch-size", 2, "--workers", 1, "--log
 def base(tmp_path_factory):
     """A base-stage checkpoint of two steps."""
     folder = tmp_path_factory.mktemp("base")
-    command = [sys.executable, str(ROOT / TINY[0]), *map(str, TINY[1:]), "--stage", "base",
-               "--train-split", "val", "--max-steps", "2", "--no-eval", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(threads=2))
-    assert done.returncode == 0, done.stderr
-    assert ("base stage: disc, square, triangle, star, cross, ring (novel classes: arrow, heart)"
-            in done.stdout)
+    out = train_small(folder, *TINY[1:], "--stage", "base", "--max-steps", 2)
+    assert "base stage: disc, square, triangle, star, cross, ring (novel classes: arrow, heart)" in out
     return folder / "last.pth"
 
 

@@ -124,7 +124,7 @@ def test_sampling_equals_tfas(golden):
         assert lists[int(seed)][name, int(shots)] == paths
 
 
-def test_sampled_lists_are_written_in_the_layout_that_is_read(tmp_path):
+def test_sampled_lists_are_written_in_the_layout_that_is_read(small_shapes, tmp_path):
     train = open_dataset("shapes", "train")
     novel = novel_names(train)
     assert novel == ["arrow", "heart"]

@@ -174,15 +174,11 @@ def test_compiling_needs_a_compiler(mistake, monkeypatch, tmp_path):
     assert not parse_args(["--compile", "--no-compile"])[0].compile
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--device", "cuda"], "error: --device cuda, but torch sees no CUDA GPU"),
-    (["--lr", "1e9", "--clip", "0", "--warmup-steps", "0"], "error: loss or gradient is not finite at step"),
-])
-def test_the_script_itself_shows_no_traceback(script, words, message):
-    code, out, err = script(*TINY, "--max-steps", 30, "--no-eval", *words)
-    assert code != 0 and message in err and "Traceback" not in err
-    if "finite" in message:
-        assert "images [" in out and "losses {" in out
+def test_the_script_itself_shows_no_traceback(script):
+    code, out, err = script(*TINY, "--train-split", "val", "--max-steps", 30, "--no-eval", "--lr", "1e9",
+                            "--clip", "0", "--warmup-steps", "0")
+    assert code != 0 and "Traceback" not in err
+    assert "error: loss or gradient is not finite at step" in err and "images [" in out and "losses {" in out
 
 
 @pytest.mark.slow
