@@ -1,4 +1,5 @@
 """What the tests of several detectors share: recorded images and weights, small batches, checks."""
+import functools
 import json
 import math
 import sys
@@ -131,8 +132,13 @@ def recorded_weights(keys, num_classes, decouple=True):
             continue
         for layer, rows in row_counts.items():
             shape = [rows, *shape[1:]] if layer in key else shape
-        state[key] = torch.from_numpy(defrcn_rules.weight(key, shape))
+        state[key] = _recorded_weight(key, tuple(shape))
     return state
+
+
+@functools.cache  # most tensors are the same in every case
+def _recorded_weight(key, shape):
+    return torch.from_numpy(defrcn_rules.weight(key, shape))
 
 
 def recorded_batch(which):

@@ -123,6 +123,7 @@ def test_only_the_best_candidates_leave_a_model_that_has_too_many(monkeypatch):
 
 # ---------------------------------------------------------------------------- the files
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "nms"), [("fcos", True)])
 def test_onnxruntime_finds_what_pytorch_finds(form, nms, tmp_path, monkeypatch):
     monkeypatch.setattr(fsaf, "TOWER_CONVS", 1)  # for speed

@@ -37,7 +37,7 @@ def test_the_table_gives_mean_and_interval():
     assert " 13.00 ± 3.33" in table and "FSOD" in table and "0, 0.01" in table and "bAP" not in table
     with pytest.raises(DataError, match="have the same seed"):
         aggregate([run_of(0, 0.1), run_of(0, 0.2)])
-    with pytest.raises(DataError, match="not of --stage novel"):
+    with pytest.raises(DataError, match="no scores of --stage novel"):
         aggregate([{"AP": 0.5}])
 
 

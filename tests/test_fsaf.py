@@ -445,7 +445,7 @@ def test_both_branches_meet_in_one_class_wise_nms():
 def test_forms_and_scales():
     assert FSAF(3, "resnet18").ignore_scale == 0.2 and not FSAF(3, "resnet18").ignore_adjacent
     assert small_joint().ignore_scale == 0.5 and small_joint().ignore_adjacent
-    with pytest.raises(ValueError, match="give one"):
+    with pytest.raises(ValueError, match="give only one"):
         FSAF(3, "resnet18", joint=True, anchor_only=True)
     with pytest.raises(ValueError, match="ignore_scale 0.1"):
         FSAF(3, "resnet18", ignore_scale=0.1)
@@ -521,7 +521,8 @@ def test_the_training_step_has_no_data_dependent_shape(form):
     assert_static_shapes(small_model(**form), small_batch())
 
 
-@pytest.mark.parametrize("objects", [(3, 2), pytest.param((0, 0), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objects", [(3, 2), (0, 0)])
 def test_the_loss_step_compiles_without_graph_breaks(objects):
     assert_compiles(small_joint(), small_batch(objects))
 
@@ -538,5 +539,6 @@ class TwoForms(torch.nn.Module):
                 for name, loss in form(*batch).items()}
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     assert_two_ranks_equal_one(TwoForms, small_batch((3, 0)), tmp_path)  # rank 1 has no object

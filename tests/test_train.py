@@ -159,7 +159,7 @@ def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path, m
     (["--weights", "no.pth"], "error: weights file no.pth does not exist"),
     (["--resume"], "error: checkpoint out/last.pth does not exist"),
     (["--init", "no.pth"], "error: checkpoint no.pth does not exist"),
-    (["--micro-batch", "3"], "error: --batch-size 4 is not 1 ranks x a multiple of --micro-batch 3"),
+    (["--micro-batch", "3"], "error: --batch-size 4 must be a multiple of 1 ranks x --micro-batch 3"),
     (["--amp", "fp16"], "error: --amp fp16 needs a GPU or NPU"),
     (["--pad-to", "96", "96"], "it does not fit --pad-to 96 96"),
     (["--out", "/dev/null"], "cannot be used as a folder"),
