@@ -28,11 +28,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import faster_rcnn
-import ops
 from checkpoint import load_model
 from data import read_image
-from ops import batched_nms, clip_candidates, final_detections, float32_below
+from faster_rcnn import FasterRCNN
+from ops import batched_nms, clip_candidates, final_detections, float32_below, torchvision_operators
 from runtime import UserError
 
 # The opset that torch.onnx writes directly; it would have to convert to a lower one. RoiAlign with half-pixel
@@ -59,10 +58,6 @@ def class_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 @class_nms.register_fake
 def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-def nms_threshold(model: nn.Module) -> float:
-    return getattr(model, "nms_threshold", faster_rcnn.NMS_THRESHOLD)
 
 
 def onnx_class_nms(boxes, scores, iou_threshold: float):
@@ -93,7 +88,7 @@ class OneImage(nn.Module):
         if not self.nms:
             return boxes, scores, labels
         classes = torch.arange(self.num_classes, device=labels.device)[:, None]
-        kept = class_nms(boxes, torch.where(labels == classes, scores, 0.0), nms_threshold(self.model))
+        kept = class_nms(boxes, torch.where(labels == classes, scores, 0.0), self.model.nms_threshold)
         # NMS keeps an unknown number of boxes. Rows with score 0 make the number of outputs fixed.
         scores, best = torch.cat((scores[kept], scores.new_zeros(MAX_DETECTIONS))).topk(MAX_DETECTIONS)
         kept = torch.cat((kept, kept.new_zeros(MAX_DETECTIONS)))[best]
@@ -117,7 +112,7 @@ def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path
     if height % model.size_divisor or width % model.size_divisor:
         raise UserError(f"--size {height} {width}: both must be multiples of {model.size_divisor}")
     # This call imports torchvision, if it can: torch.onnx looks for its operators before it traces the model.
-    if ops._torchvision_ops("cpu") is None and isinstance(model, faster_rcnn.FasterRCNN):
+    if torchvision_operators("cpu") is None and isinstance(model, FasterRCNN):
         raise UserError("the export of a two-stage detector needs torchvision, which cannot be imported here")
     graph = OneImage(model, names, nms).eval()
     example = torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([[height, width]])
@@ -194,7 +189,7 @@ def check(path: Path, model: nn.Module, inputs: list[tuple]):
         with torch.inference_mode():
             ours = model(image, sizes)[0]
         # A file without NMS needs it here. For a file with NMS a second one changes nothing.
-        theirs = final_detections(*run(image, sizes), *sizes[0], nms_threshold(model), MAX_DETECTIONS)
+        theirs = final_detections(*run(image, sizes), *sizes[0], model.nms_threshold, MAX_DETECTIONS)
         unmatched, px, score = compare(ours, theirs)
         print(f"{name}: {len(ours['boxes'])} detections in PyTorch, {len(theirs['boxes'])} in onnxruntime; "
               f"largest difference {px:.1e} px, {score:.1e} in score; {unmatched} without a match")

@@ -296,7 +296,8 @@ class FasterRCNN(nn.Module):
         super().__init__()
         self.num_classes, self.pool_size = num_classes, pool_size
         self.roi_samples, self.post_nms_top_k = roi_samples, tuple(post_nms_top_k)
-        self.score_threshold, self.sample_order = score_threshold, sample_order
+        self.score_threshold, self.nms_threshold = score_threshold, NMS_THRESHOLD
+        self.sample_order = sample_order
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)  # layer4 belongs to the RoI head
         channels, pooled_channels = self.backbone.out_channels[-2:]
         self.rpn = RPN(channels)
@@ -362,5 +363,5 @@ class FasterRCNN(nn.Module):
 
     def detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         """Candidates of every image after class-wise NMS; see `ops.final_detections`."""
-        return [final_detections(*candidates, *size, NMS_THRESHOLD, MAX_DETECTIONS)
+        return [final_detections(*candidates, *size, self.nms_threshold, MAX_DETECTIONS)
                 for candidates, size in zip(self.candidates(outputs), sizes)]

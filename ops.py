@@ -213,9 +213,9 @@ def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tenso
     Returns (B * R, D, size, size) float32.
     """
     features, boxes = features.float(), boxes.float()
-    torchvision_ops = _torchvision_ops(features.device.type)
-    if torchvision_ops:
-        return torchvision_ops.roi_align(features, list(boxes), size, scale, sampling_ratio=-1, aligned=True)
+    operators = torchvision_operators(features.device.type)
+    if operators:
+        return operators.roi_align(features, list(boxes), size, scale, sampling_ratio=-1, aligned=True)
     with torch.autocast(features.device.type, enabled=False):  # autocast would round the coordinates, too
         return roi_align_plain(features, boxes, size, scale)
 
@@ -261,20 +261,20 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None =
     boxes: (N, 4) px, scores: (N,); N may be 0.
     Returns indices (M,) int64 of the kept boxes, best score first, at most `limit` of them.
     """
-    torchvision_ops = _torchvision_nms(boxes)
-    if torchvision_ops:
-        return torchvision_ops.nms(boxes.float(), scores.float(), iou_threshold)[:limit]
+    operators = _torchvision_nms(boxes)
+    if operators:
+        return operators.nms(boxes.float(), scores.float(), iou_threshold)[:limit]
     return nms_plain(boxes, scores, iou_threshold, limit=limit)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float,
                 limit: int | None = None) -> Tensor:
     """Class-wise `nms`: boxes suppress only boxes of their own class. labels: (N,) int64."""
-    torchvision_ops = _torchvision_nms(boxes)
-    if torchvision_ops:
+    operators = _torchvision_nms(boxes)
+    if operators:
         if boxes.numel():  # torchvision separates classes by an offset that needs coordinates >= 0
             boxes = boxes.float() - boxes.float().min().clamp(max=0)
-        return torchvision_ops.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)[:limit]
+        return operators.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)[:limit]
     return nms_plain(boxes, scores, iou_threshold, labels, limit)
 
 
@@ -314,17 +314,19 @@ def _torchvision_nms(boxes: Tensor):
     On a GPU it is faster. In a compiled graph it is one operator, and the loop of the plain form would break
     the graph. On a CPU the plain form is faster.
     """
-    return _torchvision_ops(boxes.device.type) if boxes.is_cuda or torch.compiler.is_compiling() else None
+    if boxes.is_cuda or torch.compiler.is_compiling():
+        return torchvision_operators(boxes.device.type)
+    return None
 
 
-def _torchvision_ops(device_type: str):
+def torchvision_operators(device_type: str):
     """torchvision's operators where they have a kernel for the device, else None."""
     # On an NPU torchvision falls back to the CPU, while the plain forms stay on the device.
-    return _import_torchvision_ops() if USE_TORCHVISION and device_type in ("cpu", "cuda") else None
+    return _import_torchvision_operators() if USE_TORCHVISION and device_type in ("cpu", "cuda") else None
 
 
 @cache  # at the first call, because importing torchvision takes longer than importing torch
-def _import_torchvision_ops():
+def _import_torchvision_operators():
     """`torchvision.ops`, or None where it is absent or does not fit torch: then only speed is lost."""
     try:
         import torchvision.ops

@@ -2,7 +2,7 @@
 
 `parse_args` gives every argument a value. `resolve` decides it; `train.py --show-recipe` prints the result.
 """
-from runtime import AMP, Parser  # before torch: see the first lines of runtime.py
+from runtime import AMP, Parser, print0  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -231,7 +231,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     args = argparse.Namespace(**values)
     _check(parser, args)
     if show_recipe:
-        print(recipe_table(args, sources))
+        print0(recipe_table(args, sources))
         parser.exit()
     return args, checkpoint
 

@@ -267,7 +267,7 @@ def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Name
     """
     path, saved = checkpoint["path"], checkpoint["args"]
     for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at", "stage", "shots", "generalized"):
-        if saved.get(key) is not None and getattr(args, key) != saved[key]:
+        if key in saved and getattr(args, key) != saved[key]:
             raise WeightsError(f"{path}: was trained with {key} {saved[key]}, not {getattr(args, key)}: a "
                                f"resumed run cannot change that")
     if checkpoint["names"] != train_set.names:

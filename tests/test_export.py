@@ -12,7 +12,7 @@ import export
 import fsaf
 from checkpoint import build_model, save_checkpoint
 from defrcn import DeFRCN
-from export import OneImage, compare, fit, nms_threshold, write_onnx
+from export import OneImage, compare, fit, write_onnx
 from faster_rcnn import FasterRCNN
 from fcos import FCOS
 from fsaf import FSAF
@@ -81,7 +81,7 @@ def assert_same_file(model, height, width, path, nms, names=NAMES):
             found = {key: value[scores > 0] for key, value in
                      (("boxes", boxes), ("scores", scores), ("labels", labels))}
         else:
-            found = final_detections(*outputs, *sizes[0], nms_threshold(model), 100)
+            found = final_detections(*outputs, *sizes[0], model.nms_threshold, 100)
         unmatched, px, score = compare(expected, found)
         print(f"{len(expected['boxes'])} detections, {unmatched} unmatched; {px:.1e} px, {score:.1e} score")
         assert unmatched == 0 and px < 0.01 and score < 1e-4
@@ -102,7 +102,7 @@ def test_the_graph_gives_the_detections_of_the_model(form):
             best = OneImage(model, NAMES, nms=True)(image, sizes)
         counts.add(len(scores))
         for outputs in ((boxes, scores, labels), best):
-            found = final_detections(*outputs, *sizes[0], nms_threshold(model), 100)
+            found = final_detections(*outputs, *sizes[0], model.nms_threshold, 100)
             torch.testing.assert_close(found, expected)
         assert (best[2] >= 0).sum() == len(expected["boxes"])
         width_height = sizes[0].flip(0).repeat(2)
