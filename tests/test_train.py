@@ -131,7 +131,7 @@ def test_a_signal_ends_the_step_saves_and_stops(script, background, tmp_path, nu
     assert code == 0, err
     assert f"resumed out/last.pth at step {step}" in out and "resume changes max_steps" in out
     code, _, err = script(*TINY, "--max-steps", step + 1, "--no-eval", "--resume")
-    assert code != 0 and "nothing left to train" in err
+    assert code != 0 and "no step is left to train" in err
 
 
 @pytest.mark.slow
