@@ -304,6 +304,9 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 def convert_checkpoint(args: argparse.Namespace):
     """Writes a checkpoint from which a novel stage can start: its predictor has their classes ("surgery")."""
     checkpoint = read_checkpoint(args.init)
+    if checkpoint["args"]["model"] not in ("defrcn", "faster_rcnn"):
+        raise WeightsError(f"{args.init}: is a checkpoint of --model {checkpoint['args']['model']}; few-shot "
+                           f"stages belong to defrcn and faster_rcnn")
     dataset = open_dataset(args.data, args.split, args.json, args.image_dir)
     novel = novel_names(dataset, args.voc_split, args.novel_classes)
     names = stage_names(dataset.names, novel, "novel", args.generalized)

@@ -101,19 +101,19 @@ class RunLog:
 
 
 def open_log(args: argparse.Namespace, start: int):
-    """log.jsonl, locked. A resumed run continues it; a new run in a used folder keeps the old files."""
+    """log.jsonl, locked. A run resumed in its own folder continues it. Other runs keep the files they find."""
     path = args.out / "log.jsonl"
     if path.exists():
         with open(path, "a") as file:  # before anything is moved
             refuse_second_writer(file, args.out)
-    if not args.resume:
+    if args.resume and args.resume.parent.resolve() == args.out.resolve():
+        trim_log(path, start)
+    else:
         for name in ("last.pth", "log.jsonl"):
             if (args.out / name).exists():
                 number = next(n for n in range(1, 10 ** 6) if not (args.out / f"earlier{n}_{name}").exists())
                 os.replace(args.out / name, args.out / f"earlier{number}_{name}")
                 print0(f"{args.out / name} of an earlier run is now earlier{number}_{name}")
-    elif args.resume.parent == args.out:
-        trim_log(path, start)
     file = open(path, "a")
     refuse_second_writer(file, args.out)
     return file

@@ -60,6 +60,13 @@ def test_a_converted_checkpoint_keeps_the_base_rows(base, in_process, tmp_path):
     assert torch.equal(new["model"][weight][-1], old["model"][weight][-1])
 
 
+def test_only_two_stage_checkpoints_are_converted(mistake, tmp_path):
+    torch.save({"model": {}, "args": {"model": "fcos"}, "names": ["a"], "category_ids": [1], "step": 1},
+               tmp_path / "fcos.pth")
+    line = mistake(fewshot.main, "convert", "--init", "fcos.pth", "--out", "c.pth")
+    assert "fcos.pth: is a checkpoint of --model fcos" in line and not (tmp_path / "c.pth").exists()
+
+
 @pytest.mark.slow
 def test_generalized_fine_tuning_scores_base_and_novel_classes(base, script, tmp_path):
     words = ("--stage", "novel", "--generalized", "--shots", 1, "--init", base)

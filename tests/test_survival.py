@@ -132,6 +132,20 @@ def test_one_folder_takes_one_run(tmp_path):
                                                               "log.jsonl"}
 
 
+def test_a_run_resumed_elsewhere_keeps_what_it_finds_there(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir()
+        (folder / "last.pth").write_text("weights")
+        (folder / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with open_log(argparse.Namespace(out=own, resume=tmp_path / "other" / ".." / "own" / "last.pth"), 1):
+        assert (own / "last.pth").exists() and (own / "log.jsonl").read_text() == '{"step": 1}\n'
+    with open_log(argparse.Namespace(out=other, resume=own / "last.pth"), 1):
+        assert (other / "log.jsonl").read_text() == "" and not (other / "last.pth").exists()
+        assert (other / "earlier1_last.pth").read_text() == "weights"
+        assert len((other / "earlier1_log.jsonl").read_text().splitlines()) == 2
+
+
 # ---------------------------------------------------------------------------------------------- workers
 
 @pytest.mark.slow
