@@ -101,7 +101,7 @@ class RunLog:
 
 
 def open_log(args: argparse.Namespace, start: int):
-    """log.jsonl, locked. A run resumed in its own folder continues it. Other runs keep the files they find."""
+    """log.jsonl, locked. A run resumed in its own folder continues it. Other runs keep the old files."""
     path = args.out / "log.jsonl"
     if path.exists():
         with open(path, "a") as file:  # before anything is moved

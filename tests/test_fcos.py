@@ -288,6 +288,7 @@ def test_the_training_step_has_no_data_dependent_shape(original):
     assert_static_shapes(small_model(original=original), small_batch())
 
 
+@pytest.mark.slow
 def test_the_loss_step_compiles_without_graph_breaks():
     assert_compiles(small_model(), small_batch())
 
