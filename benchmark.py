@@ -101,7 +101,7 @@ def in_new_process(function, *arguments):
 
 def resident_peak() -> float:
     """Peak of the resident memory of this process in GB; Linux only."""
-    # The peak of getrusage outlives exec: a new process would start with that of its parent.
+    # getrusage keeps its peak across exec: a new process would report the peak of its parent.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 

@@ -82,9 +82,8 @@ def _torchvision_points(shapes: list[tuple[int, int]], device) -> list[Tensor]:
 def fcos_from_mmdet(state: State, caffe: bool | None = None, original: bool | None = None) -> State:
     """mmdetection's FCOS (2.x and 3.x), for `FCOS(..., caffe=caffe, original=original)`.
 
-    caffe: style of the backbone. original: form of the detector. None applies the rules of the published
-    files. A ResNet has caffe style, a ResNeXt does not. The towers of the original form have no bias. Raises
-    WeightsError.
+    caffe: style of the backbone. original: form of the detector. None: as in the published files, ResNets
+    have caffe style, ResNeXts do not, and the towers of the original form have no bias. Raises WeightsError.
     """
     renamed = _rename_mmdet(state, 3, {"conv_cls": "cls_logits", "conv_reg": "ltrb",
                                        "conv_centerness": "centerness"})
@@ -197,8 +196,7 @@ def _rename_torchvision(state: State, bn_eps: float, predictors: dict[str, str])
 def rcnn_from_detectron2(state: State) -> State:
     """The official DeFRCN, for `DeFRCN`, or detectron2's Faster R-CNN C4, for `FasterRCNN`.
 
-    If the file has no predictor (after the official "remove" surgery), the result has none. Raises
-    WeightsError.
+    A file without a predictor (after the "remove" surgery) gives none here. Raises WeightsError.
     """
     if not any(key.startswith(("backbone.res5.", "roi_heads.res5.")) for key in state):
         raise WeightsError(f"not a Faster R-CNN C4 of detectron2: it has keys like {sorted(state)[:3]}")
@@ -280,8 +278,7 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
     """A detector of another code base in the form of train.py's checkpoints.
 
     content: from `weights.read_file`. original: an FCOS of the first repository has the original form.
-    Returns also format (its name), notes (lines to print), named (whether the class names are known). Raises
-    WeightsError.
+    Returns also format (its name), notes (lines) and named (are the names known). Raises WeightsError.
     """
     state = {key.removeprefix("module."): value for key, value in extract_state_dict(content, path).items()}
     meta = content["meta"] if isinstance(content.get("meta"), dict) else {}  # mmdetection's

@@ -415,8 +415,8 @@ def read_image(path: str, size: tuple[int, int] | None = None, shrink: float = 1
     """Any image that Pillow reads, as upright RGB (EXIF orientation applied).
 
     size: (height, width) that it must have. shrink: factor by which the caller will reduce it. A JPEG is
-    then decoded at 1/2, 1/4 or 1/8 if that is not too small and divides both sides: a remainder would shift
-    the image against its boxes. Raises DataError for a missing or broken file or another size.
+    decoded at 1/2, 1/4 or 1/8 if that factor is at most `shrink` and divides both sides. A remainder would
+    shift the image against its boxes. Raises DataError for a missing or broken file or another size.
     """
     try:
         with Image.open(path) as image:
