@@ -163,8 +163,8 @@ def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool)
 
     eleven_point: True takes the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC07), False takes
     the area under the precision envelope (VOC10 and later). Detections are taken best score first. Each can
-    match the object that it overlaps most, above VOC_IOU. A second match of an object is a false positive; a match of a
-    difficult object does not count. The IoU equals that of the devkit, which counts pixels.
+    match the object that it overlaps most, above VOC_IOU. A second match of an object is a false positive; a
+    match of a difficult object does not count. The IoU equals that of the devkit, which counts pixels.
     """
     index_of, by_category = dataset.index_of_image(), {category: [] for category in dataset.category_ids}
     for result in results:
