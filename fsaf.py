@@ -221,7 +221,7 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
 
 
 def with_padding_row(gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., G, 4) and (..., G) as they are. If G is 0 they get a row of padding, which min and gather need."""
+    """(..., G, 4) and (..., G) as they are. If G is 0 they get a row of padding: min and gather need one."""
     if gt_labels.shape[-1]:  # a branch on a shape, not on a value
         return gt_boxes, gt_labels
     return gt_boxes.new_zeros(*gt_labels.shape[:-1], 1, 4), gt_labels.new_full((*gt_labels.shape[:-1], 1), -1)
