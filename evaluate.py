@@ -298,8 +298,8 @@ def main():
         return draw_images(model, dataset, place, out, settings)
     scoring = {}
     if trained["stage"]:
-        scoring = checkpoint_scoring(trained, info["names"], place, args.pcb_weights)
-        scoring["groups"].info["data"] = args.data or args.json or trained["data"]
+        scoring = checkpoint_scoring(trained, info["names"], place, args.pcb_weights,
+                                     args.data or args.json or trained["data"])
     for note in dataset.notes:
         print0(note)
     evaluate(model, dataset, place, out, settings, **scoring)

@@ -188,11 +188,12 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
     return train_set, val_set, _scoring(vars(args), names, net, lambda: train_set, place)
 
 
-def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: str | None) -> dict:
+def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: str | None,
+                       scored_on: str) -> dict:
     """`scoring` for `evaluate.evaluate` of a checkpoint of a few-shot stage.
 
     args, names: arguments of its training, its classes. pcb_weights: weights of the calibration; None takes
-    those of the training. Raises DataError and WeightsError.
+    those of the training. scored_on: name of the data of this evaluation. Raises DataError and WeightsError.
     """
     def shots():
         source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
@@ -200,7 +201,7 @@ def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: 
                              lists_folder(args, source.voc), None)
 
     net = _calibration_net(args, pcb_weights or args["pcb_weights"], required=bool(pcb_weights))
-    return _scoring(args, names, net, shots, place)
+    return _scoring({**args, "data": scored_on}, names, net, shots, place)
 
 
 def _calibration_net(args: dict, weights: str, required: bool) -> CalibrationNet | None:

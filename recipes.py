@@ -27,8 +27,8 @@ SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000
              "s1x": (130_000, (100_000, 120_000))}
 
 # ---- sources of values; `resolve` has their order
-DEFAULTS = {"model": "fcos", "original": False, "fsaf_branch": "free", "decouple": True, "cosine": False,
-            "backbone": "resnet50", "caffe": False, "fpn_channels": 256, "max_size": 1333,
+DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch": "free", "decouple": True,
+            "cosine": False, "backbone": "resnet50", "caffe": False, "fpn_channels": 256, "max_size": 1333,
             "train_split": "train2017", "val_split": "val2017", "drop_empty": False, "use_difficult": False,
             "generalized": False, "voc_split": 1, "pcb_weights": "resnet101", "schedule": "1x",
             "batch_size": REFERENCE_BATCH, "amp": "off", "loss_scale": "dynamic", "compile": False,
@@ -87,7 +87,7 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     def value(name: str):
         return next((layer[name] for _, layer in layers if name in layer), DEFAULTS.get(name))
 
-    model, stage, data = value("model"), value("stage"), value("data") or "shapes"
+    model, stage, data = value("model"), value("stage"), value("data")
     is_shapes = data == "shapes" and not value("train_json")
     is_voc = not value("train_json") and Path(data).is_dir() and layout(data) == "voc"
     novel = stage == "novel"
@@ -98,7 +98,7 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
                ("built-in shapes", {**SHAPES, **SHAPES_MODEL[model]} if is_shapes else {}),
                ("paper's joint form", {"ignore_scale": IGNORE_SCALE_JOINT} if joint else {}),
                (f"published recipe of {model}", RECIPES[model])]
-    layers.append(("default", {**DEFAULTS, "weights": value("backbone"), "optimizer": "sgd", "data": data,
+    layers.append(("default", {**DEFAULTS, "weights": value("backbone"), "optimizer": "sgd",
                                "workers": min(4, max(1, (os.cpu_count() or 1) - 1)),
                                "shot_seed": value("seed")}))
     if value("weights") == "none" and not given.get("init"):
@@ -110,7 +110,7 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
                else layer) for source, layer in layers]
 
     args, sources = {}, {}
-    for name in {**dict.fromkeys(names), **RECIPES[model], **dict.fromkeys(("torchvision", "tower_bias"))}:
+    for name in dict.fromkeys((*names, *RECIPES[model], "torchvision", "tower_bias")):
         sources[name], args[name] = next(((source, layer[name]) for source, layer in layers if name in layer),
                                          ("", None))
     args["schedule_steps"], args["schedule_drops"] = SCHEDULES[args["schedule"]] if not stage else (
@@ -226,8 +226,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     if checkpoint and given.get("model", checkpoint["args"]["model"]) != checkpoint["args"]["model"]:
         parser.error(f"{checkpoint['path']} is a checkpoint of --model {checkpoint['args']['model']}, not "
                      f"{given['model']}")
-    show_recipe = given.pop("show_recipe", False)
     values, sources = resolve(given, checkpoint, names)
+    show_recipe = values.pop("show_recipe")  # not a value of the run
     args = argparse.Namespace(**values)
     _check(parser, args)
     if show_recipe:

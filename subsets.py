@@ -213,8 +213,8 @@ def _sample_lists(source: DetectionDataset, names: list[str], shots: int, seed: 
         images_of = {name: lists[name, shots] for name in names}
         return {name: [row for i in images for row in boxes_of[name][i]]
                 for name, images in images_of.items()}, images_of
-    rows_of = {name: lists[name, shots] for name in names}
-    return rows_of, {name: list(dict.fromkeys(source.box_image[rows].tolist()))
+    rows_of, box_image = {name: lists[name, shots] for name in names}, source.box_image
+    return rows_of, {name: list(dict.fromkeys(box_image[rows].tolist()))
                      for name, rows in rows_of.items()}
 
 
@@ -277,11 +277,11 @@ def _write_list(path: Path, source: DetectionDataset, rows: list[int], images: l
         lines = [os.fsdecode(source.paths[i]) for i in images]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
-    annotations = []
+    annotations, box_image = [], source.box_image
     for row in rows:
         x1, y1, x2, y2 = source.boxes[row].tolist()
         annotations.append({"id": int(source.annotation_order[row]) + 1,
-                            "image_id": source.image_ids[source.box_image[row]].item(),
+                            "image_id": source.image_ids[box_image[row]].item(),
                             "category_id": source.category_ids[source.classes[row]],
                             "bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(source.areas[row]),
                             "iscrowd": 0})

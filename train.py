@@ -239,6 +239,11 @@ class TrainingState(NamedTuple):
     log: RunLog
 
 
+def saved_form(args: argparse.Namespace) -> dict:
+    """The arguments as a checkpoint holds them: builtins only, paths as text."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
 def save_training(step: int, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
                   place: Place):
     """Writes last.pth, and step_N.pth with --keep. Every rank must call this."""
@@ -250,8 +255,7 @@ def save_training(step: int, state: TrainingState, args: argparse.Namespace, tra
         return
     content = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(),
                "scaler": state.scaler.state_dict(), "step": step, "ranks": ranks,
-               "args": {key: str(value) if isinstance(value, Path) else value
-                        for key, value in vars(args).items()},
+               "args": saved_form(args),
                "names": train_set.names, "category_ids": train_set.category_ids,
                "data": [len(train_set), len(train_set.boxes)]}
     save_checkpoint(args.out / "last.pth", content)
@@ -273,8 +277,7 @@ def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Name
     if checkpoint["names"] != train_set.names:
         raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data have "
                            f"{train_set.names}; use --init to fine-tune on other classes")
-    for key, value in vars(args).items():
-        value = str(value) if isinstance(value, Path) else value
+    for key, value in saved_form(args).items():
         if key in saved and value != saved[key] and key not in ("resume", "out", "init", "workers"):
             print0(f"resume changes {key}: {saved[key]} -> {value}")
     size = [len(train_set), len(train_set.boxes)]
