@@ -79,7 +79,8 @@ def time_interleaved(cases: dict, rounds: int, device: torch.device) -> dict[str
 def report_ratios(title: str, values: dict[str, list[float]], per: float = 1.0, unit: str = "ms") -> dict:
     """Prints and returns the median of every case and its ratio to the first case, ours.
 
-    values: {case: a number per round}, seconds for "ms", GB for "MB". per: how many images a number covers.
+    values: {case: a number per round}, in seconds if unit is "ms", in GB if it is "MB". per: the number of
+    images that a number covers.
     """
     ours, *_ = values.values()
     cases, shown = {}, []
@@ -173,7 +174,7 @@ def peak_of_steps(make_step, name: str, work: Workload, device_type: str) -> flo
 
 
 def first_images(args) -> DetectionDataset:
-    """The first --pictures images of --data, without objects."""
+    """The first --pictures images of --data, with their objects left out."""
     whole = open_dataset(args.data, args.split)
     count = min(args.pictures, len(whole))
     dataset = Subset(whole, range(count), [()] * count, whole.names)

@@ -2,6 +2,7 @@
 
 A reader (`fcos_from_mmdet`, ...) turns a state_dict into one under our names, for a strict load. It adds the
 pixel mean and std of the training in RGB, and flips conv1 where the weights saw BGR. Unknown keys stay.
+Backbones alone are read by weights.py.
 """
 import hashlib
 import re
@@ -174,7 +175,8 @@ def fcos_from_torchvision(state: State, bn_eps: float = BN_EPS) -> State:
 def fsaf_from_torchvision(state: State, bn_eps: float = BN_EPS) -> State:
     """torchvision's `retinanet_resnet50_fpn`, for `TorchvisionRetinaNet(..., anchor_only=True)`."""
     renamed = _rename_torchvision(state, bn_eps, {"cls_logits": "anchor_logits", "bbox_reg": "anchor_deltas"})
-    # As `fsaf.base_anchors`, but sizes are cut to whole pixels (32, 40, 50, ...) and sides are rounded.
+    # As `fsaf.base_anchors`, but the sizes are cut to whole pixels (32, 40, 50, ...) and the coordinates of
+    # the corners are rounded.
     sizes = [[int(ANCHOR_SCALE * stride * 2 ** octave) for octave in OCTAVES] for stride in STRIDES]
     anchors = [cell_anchors(torch.tensor(level), ASPECT_RATIOS).flatten(0, 1).round() for level in sizes]
     return renamed | {"base_anchors": torch.stack(anchors)}
@@ -236,7 +238,7 @@ def _with_pixels(state: State, pixels: tuple[tuple, tuple], bgr: bool = False) -
 # ------------------------------------------------------------------------------------------------- formats
 
 class Format(NamedTuple):
-    """One format of files. A file has the original format of the table that fits it."""
+    """One format of files. A file has the first format of FORMATS that fits it."""
     name: str  # in messages
     key: str  # a tensor that every file of this format has
     rows: int | None  # length of this tensor; None: any

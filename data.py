@@ -24,7 +24,9 @@ from torch.utils.data import Dataset, get_worker_info
 from runtime import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-PADDING, CROWD = -1, -2  # gt_labels of a padding row and of a crowd region
+# gt_labels of a padding row and of a crowd region. A crowd is background in FCOS, RetinaNet and Faster R-CNN;
+# FSAF ignores its middle. Scoring ignores it, and it is never a shot.
+PADDING, CROWD = -1, -2
 MAX_WORKERS = 256  # loader processes of one rank
 BUCKETS = 4  # number of long sides in `shape_buckets`: 960, 1088, 1216, 1344 for COCO at 800/1333
 LISTED_PROBLEMS = 10  # invalid boxes that are described one by one, before "... and N more"
@@ -144,7 +146,11 @@ class DetectionDataset:
 # ---------------------------------------------------------------------------------------------- layouts
 
 def layout(data: str) -> str:
-    """What --data names: "shapes", "voc" or "coco". Raises DataError if it is none of them."""
+    """What --data names: "shapes", "voc" or "coco". Raises DataError if it is none of them.
+
+    A new layout needs a name here, a branch in `open_folder` and a function like `load_voc`, which returns a
+    DetectionDataset.
+    """
     if data == "shapes":
         return "shapes"
     root = Path(data)

@@ -56,7 +56,7 @@ RPN_NMS_THRESHOLD = 0.7  # Sec. 3.3
 POOL_SIZE = 14  # side of the RoIAlign grid (Detectron's C4 models)
 ROI_FOREGROUND_IOU = 0.5  # Fast R-CNN, Sec. 2.3
 ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # RoIs per image in training (Detectron; Fast R-CNN, Sec. 2.3)
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # scale of the box deltas of a RoI (Detectron)
+DELTA_WEIGHTS = (10.0, 5.0)  # factors of the deltas of a RoI: of shifts, of logarithms (Detectron)
 
 # ---- detections (Detectron)
 SCORE_THRESHOLD = 0.05
@@ -89,16 +89,23 @@ class RPN(nn.Module):
         return objectness, flatten_predictions([self.deltas(hidden)], 4)
 
 
-def all_anchors(height: int, width: int, device=None) -> Tensor:
-    """Anchors of a feature map of height x width cells (Sec. 3.1.1).
+def base_anchors() -> Tensor:
+    """Anchors of one cell, centred at the origin (Sec. 3.1.1).
+
+    Returns (A, 4) float32 px; all aspect ratios of one size come before the next size.
+    """
+    sizes = torch.tensor(ANCHOR_SIZES, dtype=torch.float32)
+    return cell_anchors(sizes, ASPECT_RATIOS).transpose(0, 1).reshape(-1, 4)
+
+
+def all_anchors(base: Tensor, height: int, width: int) -> Tensor:
+    """The anchors (A, 4) of `base_anchors` around every cell of a feature map of height x width cells.
 
     They are centred on the upper left corner of each cell and may cross the border of the image.
     Returns (N, 4) float32 xyxy, pixels of the padded image. Cells are in the row-major order of
-    `feature.flatten(2)`. In a cell, all aspect ratios of one size precede the next size.
+    `feature.flatten(2)`.
     """
-    sizes = torch.tensor(ANCHOR_SIZES, dtype=torch.float32, device=device)
-    anchors = cell_anchors(sizes, ASPECT_RATIOS).transpose(0, 1).reshape(-1, 4)
-    return place_anchors(anchors, grid_points(height, width, STRIDE, STRIDE, device))
+    return place_anchors(base, grid_points(height, width, STRIDE, STRIDE, base.device))
 
 
 # ---- sampling
@@ -136,7 +143,7 @@ def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
 
 def rpn_losses(objectness: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
                sample_order: Callable = random_priorities) -> dict[str, Tensor]:
-    """Objectness loss and box loss of RPN_SAMPLES sampled anchors per image (Eq. 1).
+    """Objectness loss and box loss of RPN_SAMPLES sampled anchors per image, divided by their number (Eq. 1).
 
     objectness: (B, N) logits; deltas: (B, N, 4); anchors: (N, 4) px; gt_boxes: (B, G, 4) px;
     gt_labels: (B, G) int64, < 0 for padding and crowds. sample_order: see `FasterRCNN`.
@@ -233,7 +240,7 @@ class Predictor(nn.Module):
 
 def roi_losses(logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor,
                target_boxes: Tensor) -> dict[str, Tensor]:
-    """Cross entropy and box loss per sampled RoI (Fast R-CNN, Eq. 1).
+    """Cross entropy and box loss, divided by the number of sampled RoIs, negatives too (Fast R-CNN, Eq. 1).
 
     logits: (R, C + 1) and deltas: (R, C, 4) of all images; rois, target_boxes: (R, 4) px; labels: (R,) int64,
     where C is background and -1 has no loss.
@@ -245,9 +252,9 @@ def roi_losses(logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor,
     count = mean_over_ranks(sampled.sum().float()).clamp(min=1)
     cls_loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
     # RoIs that are not positive get a unit box as RoI and target: its logarithms are finite, its weight is 0.
-    unit = rois.new_tensor([0.0, 0.0, 1.0, 1.0])
+    unit = torch.cat((rois.new_zeros(2), rois.new_ones(2)))
     rois, target_boxes = (torch.where(positive[:, None], boxes, unit) for boxes in (rois, target_boxes))
-    target = encode_boxes(target_boxes, rois) * rois.new_tensor(DELTA_WEIGHTS)
+    target = encode_boxes(target_boxes, rois, DELTA_WEIGHTS)
     own_class = torch.where(positive, labels, 0)[:, None, None].expand(-1, 1, 4)
     # DIFFERS: the box loss is L1 (detectron2), in Fast R-CNN smooth L1.
     box_loss = (deltas.gather(1, own_class).squeeze(1) - target).abs()
@@ -264,7 +271,7 @@ def roi_candidates(logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Ten
     exceed the threshold or the proposal is not valid.
     """
     scores = logits.softmax(dim=-1)[:, :-1]
-    boxes = decode_boxes(deltas / deltas.new_tensor(DELTA_WEIGHTS), proposals[:, None])
+    boxes = decode_boxes(deltas, proposals[:, None], DELTA_WEIGHTS)
     scores = torch.where(valid[:, None] & (scores > score_threshold), scores, 0.0)
     labels = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
     return boxes.flatten(0, 1), scores.flatten(), labels
@@ -304,6 +311,7 @@ class FasterRCNN(nn.Module):
         self.predictor = predictor(pooled_channels, num_classes)
         for name, value in zip(("pixel_mean", "pixel_std"), PIXELS):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
+        self.register_buffer("base_anchors", base_anchors(), persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None,
                 gt_labels: Tensor | None = None):
@@ -337,7 +345,7 @@ class FasterRCNN(nn.Module):
         """`rpn_losses` and `roi_losses`; the training loss is their sum."""
         rpn_feature, roi_feature = self.features(images, sizes)
         objectness, deltas = self.rpn(rpn_feature)
-        anchors = all_anchors(*rpn_feature.shape[-2:], rpn_feature.device)
+        anchors = all_anchors(self.base_anchors, *rpn_feature.shape[-2:])
         proposals, valid = self.proposals(objectness, deltas, anchors, sizes)
         sampled = [sample_rois(*image, self.num_classes, self.roi_samples, self.sample_order)
                    for image in zip(proposals, valid, gt_boxes, gt_labels)]
@@ -350,7 +358,7 @@ class FasterRCNN(nn.Module):
         """{"proposals" (B, R, 4) px, "valid" (B, R) bool, "logits" (B, R, C + 1), "deltas" (B, R, C, 4)}."""
         rpn_feature, roi_feature = self.features(images, sizes)
         objectness, deltas = self.rpn(rpn_feature)
-        anchors = all_anchors(*rpn_feature.shape[-2:], rpn_feature.device)
+        anchors = all_anchors(self.base_anchors, *rpn_feature.shape[-2:])
         proposals, valid = self.proposals(objectness, deltas, anchors, sizes)
         logits, deltas = self.predict(roi_feature, proposals)
         return {"proposals": proposals, "valid": valid, "logits": logits.unflatten(0, valid.shape),

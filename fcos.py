@@ -117,7 +117,7 @@ def all_points(shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tens
     for (height, width), stride, level_range in zip(shapes, STRIDES, LEVEL_RANGES):
         points.append(level_points(height, width, stride, device))
         strides.append(torch.full((height * width,), float(stride), device=device))
-        ranges.append(torch.tensor(level_range, device=device).expand(height * width, 2))
+        ranges.append(torch.stack([torch.full_like(strides[-1], limit) for limit in level_range], dim=1))
     return torch.cat(points), torch.cat(strides), torch.cat(ranges)
 
 
@@ -178,7 +178,7 @@ def fcos_losses(logits: Tensor, ltrb: Tensor, centerness: Tensor, labels: Tensor
     still attached to the graph.
     """
     positive = labels >= 0
-    # Background points get identical boxes: a weight of 0 alone would turn an infinite distance into NaN.
+    # At background points the predicted distances become 1: an infinite one times a weight of 0 would be NaN.
     ltrb = torch.where(positive[..., None], ltrb, 1.0)
     target_centerness = centerness_targets(target_ltrb)
     box_weight = target_centerness * positive

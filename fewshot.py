@@ -52,10 +52,10 @@ BASE_TRAINING = {"coco": (110_000, (85_000, 100_000)), "voc": (15_000, (10_000, 
 
 
 def schedule(voc: bool, shots: int | None, generalized: bool) -> tuple[int, tuple[int, ...]]:
-    """Published steps of 16 images, and the steps of the lr drops. shots: K; None means the base stage.
+    """Published number of steps (16 images each), and the steps at which the lr drops.
 
-    Other datasets use COCO's schedule. A K without a published schedule uses that of the next larger K, or of
-    the largest.
+    shots: K; None means the base stage. Datasets other than VOC use COCO's schedule. A K without a published
+    schedule uses that of the next larger K, or of the largest.
     """
     kind = "voc" if voc else "coco"
     if shots is None:
@@ -105,6 +105,8 @@ def stage_names(names: list[str], novel: list[str], stage: str, generalized: boo
 class Calibration:
     """Prototypical calibration of detections: mixes novel scores with the similarity to the shots.
 
+    `evaluate.evaluate` calls it between detecting and scoring. detections.json, the metrics and the drawings
+    have the calibrated scores; metrics.json keeps the metrics before it under "before_calibration".
     net: (image, boxes) -> features, see `defrcn.CalibrationNet`; it runs on all shots at once here. support:
     the shots. novel: names of the classes that are calibrated.
     """

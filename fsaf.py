@@ -49,7 +49,9 @@ IGNORE_SCALE_JOINT = 0.5  # epsilon_i: the same for the ignore region
 # anchor-free model has none: both scales are equal (R-50: 37.4 AP; 36.0 with the paper's
 # scales).
 IGNORE_SCALE = 0.2
-CROWD_SCALE = 0.5  # the middle part of a crowd region, where nothing is learned (mmdetection)
+# Nothing is learned in the middle of a crowd region (mmdetection). This is the side of that part, as a fraction
+# of the region's side.
+CROWD_SCALE = 0.5
 # DIFFERS: a region must cover this share of a cell's square, as in mmdetection: a large cell that touches the
 # region belongs to it. In the paper the cells inside the projected region do.
 MIN_COVERED = 0.01
@@ -331,7 +333,8 @@ def fsaf_losses(logits: Tensor, boxes: Tensor, targets: AnchorFreeTargets, gt_bo
     """Focal loss and IoU loss of the anchor-free branch, with every object on the level that it selects.
 
     ignore_adjacent: the paper's rule for the other levels of an object, see below. The other arguments are
-    those of `level_losses`. Both losses are divided by the number of positives, a mean over ranks.
+    those of `level_losses`. Both losses are divided by the number of positives, without any by the number of
+    negatives. The numbers are means over ranks.
     Returns {"cls", "box"}, each () float32. Without positives "box" is 0, and still attached to the graph.
     """
     level = select_level(level_losses(logits, boxes, targets, gt_boxes, gt_labels, level_sizes))

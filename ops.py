@@ -49,28 +49,30 @@ def clip_boxes(boxes: Tensor, height, width) -> Tensor:
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Deltas of boxes from their anchors (R-CNN, arXiv 1311.2524, App. C).
 
-    boxes, anchors: (..., 4) px, with positive width and height.
+    boxes, anchors: (..., 4) px, with positive width and height. weights: factors of the shifts and of the
+    logarithms.
     Returns (..., 4) float32: shift of the centre in x and y, in widths and heights of the anchor; then the
     logarithm of the ratio of the widths and of the heights.
     """
     boxes, anchors = boxes.float(), anchors.float()
     size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
     shift = (boxes[..., :2] + size / 2 - (anchors[..., :2] + anchor_size / 2)) / anchor_size
-    return torch.cat((shift, (size / anchor_size).log()), dim=-1)
+    return torch.cat((shift * weights[0], (size / anchor_size).log() * weights[1]), dim=-1)
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Boxes from deltas and anchors: the inverse of `encode_boxes`.
 
     deltas: (..., 4), anchors: (..., 4) px. Returns (..., 4) float32 px. MAX_GROWTH limits the sides.
     """
     deltas, anchors = deltas.float(), anchors.float()
     anchor_size = anchors[..., 2:] - anchors[..., :2]
-    center = deltas[..., :2] * anchor_size + (anchors[..., :2] + anchor_size / 2)
-    half = deltas[..., 2:].clamp(max=math.log(MAX_GROWTH)).exp() * anchor_size / 2
+    shift, growth = deltas[..., :2] / weights[0], deltas[..., 2:] / weights[1]
+    center = shift * anchor_size + (anchors[..., :2] + anchor_size / 2)
+    half = growth.clamp(max=math.log(MAX_GROWTH)).exp() * anchor_size / 2
     return torch.cat((center - half, center + half), dim=-1)
 
 
@@ -255,8 +257,8 @@ def _sampling_matrix(start: Tensor, end: Tensor, size: int, length: int) -> Tens
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None = None) -> Tensor:
     """Greedy non-maximum suppression: keep the best box, drop all that overlap it too much, repeat.
 
-    "Too much" is an IoU above iou_threshold. Equal scores keep their input order. The result is that of
-    `torchvision.ops.nms`, which does the work where it is the better one.
+    "Too much" is an IoU above iou_threshold. Equal scores keep their input order. On a GPU and in a compiled
+    graph torchvision's operator does the work, if there is one; elsewhere `nms_plain`, with the same result.
 
     boxes: (N, 4) px, scores: (N,); N may be 0.
     Returns indices (M,) int64 of the kept boxes, best score first, at most `limit` of them.

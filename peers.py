@@ -1,8 +1,8 @@
 """Training steps to compare: our models, and the same models of torchvision and mmdetection.
 
 A step is a function without arguments: forward, losses, backward and SGD on one synthetic batch. All models
-have a ResNet-50 with random weights and freeze the published layers. The other libraries are imported only
-when one of their steps is made.
+have a ResNet-50 with random weights and freeze the layers that the published recipes freeze. The other
+libraries are imported only when one of their steps is made.
 """
 import importlib.util
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def our_step(name: str, work: Workload, device: torch.device,
 
 
 def torchvision_model(name: str, min_size: int, max_size: int) -> torch.nn.Module:
-    """torchvision's detector on ResNet-50 with the published layers frozen."""
+    """torchvision's detector on ResNet-50, with the same layers frozen as ours."""
     import torchvision
     from torchvision.models import detection
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone

@@ -135,8 +135,7 @@ def make_parser(default) -> Parser:
     model("--fsaf-joint", action="store_const", dest="fsaf_branch", const="both", help="the joint form")
     model("--ignore-scale", type=float,
           help="side of FSAF's ignore region in parts of the box's: 0.2, or 0.5 with both branches")
-    model("--no-decouple", action="store_false", dest="decouple",
-          help="DeFRCN without gradient decoupled layers")
+    model("--no-decouple", action="store_false", dest="decouple", help="DeFRCN without its decoupling")
     model("--cosine", action="store_true", help="TFA's cosine classifier in place of the linear one")
     model("--rpn-grad-scale", type=float, help="DeFRCN: share of RPN's gradient that reaches the backbone")
     model("--roi-grad-scale", type=float, help="DeFRCN: share of the RoI head's gradient that does so")
@@ -146,8 +145,7 @@ def make_parser(default) -> Parser:
           help="proposals per image after NMS (default: 2000 1000; shapes: 200 100)")
     model("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
     model("--weights", help="ImageNet weights: none, a file, or a backbone's name for torchvision's")
-    model("--caffe", action="store_true",
-          help="caffe-style backbone, for Detectron's R-50 and R-101: its stride is on the first 1x1")
+    model("--caffe", action="store_true", help="backbone of Detectron's files: stride on the first 1x1")
     model("--norm", choices=("frozen", "affine", "batch"),
           help="batch norm of the backbone: nothing trains, scale and offset train, or ordinary")
     model("--freeze-at", type=int, help="number of stages that do not train, the stem included")
@@ -188,15 +186,14 @@ def make_parser(default) -> Parser:
     optim("--clip", type=float, help="limit of the L2 norm of the gradient, 0 = none")
     optim("--amp", choices=AMP, help="precision of the network (default: off, which is float32)")
     optim("--loss-scale", help="for fp16: dynamic (default) or a number")
-    optim("--compile", action=argparse.BooleanOptionalAction,
-          help="torch.compile: one graph for each of a few sizes to which images are padded")
+    optim("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; pads images to few sizes")
     run = parser.add_argument_group("run").add_argument
     run("--device", choices=("auto", "cuda", "npu", "cpu"))
     run("--out", type=Path, help="default: runs/MODEL, with the form and the stage")
     run("--seed", type=int, help="default: 0")
     run("--init", help="start from the weights of this checkpoint; other classes get a new head")
-    run("--resume", nargs="?", const="last", help="continue OUT/last.pth, or the file given. Arguments of "
-                                                  "the run are restored; those given here override them")
+    run("--resume", nargs="?", const="last",
+        help="continue OUT/last.pth, or the file given, with its arguments; those given here override them")
     run("--log-every", type=int, help="steps between log lines (default: 20)")
     run("--save-every", type=int, help="steps between checkpoints, last.pth (default: 1000)")
     run("--keep", action="store_true", help="keep each checkpoint as step_N.pth too")
@@ -251,7 +248,7 @@ def recipe_table(args: argparse.Namespace, sources: dict) -> str:
     return "\n".join(f"{name:15} {value!s:36} {source}" for name, value, source in rows)
 
 
-# Arguments that must be at least 0, and above 0. An argument that is not used is None.
+# Arguments that must not be negative, and arguments that must be positive. One that is not used is None.
 NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures",
                 "rpn_grad_scale", "roi_grad_scale")
 POSITIVE = ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",

@@ -80,7 +80,7 @@ def _import_npu():
     if torch.npu.device_count() == 0:
         raise SystemExit("error: --device npu, but torch_npu sees no NPU (npu-smi info lists them)")
     torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
-    torch.npu.config.allow_internal_format = False  # else convolutions convert their tensors to and fro
+    torch.npu.config.allow_internal_format = False  # else convolutions convert to another layout and back
 
 
 def autocast(device: torch.device, amp: torch.dtype | None):

@@ -14,19 +14,7 @@
 The file reads from top to bottom: schedule, optimizer, data and model, checkpoints, then main() with the
 loop. Arguments and published recipes are in recipes.py.
 """
-from runtime import (  # before torch: see the first lines of runtime.py
-    AMP,
-    Interrupts,
-    Place,
-    UserError,
-    autocast,
-    gather_objects,
-    make_folder,
-    memory_format,
-    print0,
-    run_main,
-    setup_device,
-)
+import runtime  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -61,6 +49,7 @@ from defrcn import Affine
 from evaluate import EvalSettings, evaluate
 from recipes import REFERENCE_BATCH, parse_args
 from runlog import RunLog, environment
+from runtime import AMP, Place, UserError, print0
 from shapes import open_dataset
 from weights import WeightsError, load_imagenet
 
@@ -250,7 +239,7 @@ def save_training(step: int, state: TrainingState, args: argparse.Namespace, tra
     rng = {"cpu": torch.get_rng_state()}
     if place.device.type != "cpu":
         rng[place.device.type] = torch.get_device_module(place.device).get_rng_state(place.device)
-    ranks = gather_objects({"rng": rng, **state.log.state_dict()}, place.world)
+    ranks = runtime.gather_objects({"rng": rng, **state.log.state_dict()}, place.world)
     if place.rank > 0:
         return
     content = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(),
@@ -327,13 +316,14 @@ def fail_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list,
 
 
 # Ranks exchange: the normalisers in every micro-batch (`ops.mean_over_ranks`); the gradients (DDP) and three
-# flags (`any_rank`) in every step; mean losses for a log line; random states and loss sums for a checkpoint.
+# flags (`any_rank`) in every step, with --norm batch also rank 0's statistics (DDP); mean losses for a log
+# line; random states and loss sums for a checkpoint.
 def main():
     args, checkpoint = parse_args()
-    place = setup_device(args.device, args.amp)
+    place = runtime.setup_device(args.device, args.amp)
     device, rank, world = place
     print0(environment(place))
-    make_folder(args.out)
+    runtime.make_folder(args.out)
     accumulate = micro_batches_per_step(args, world)
 
     # ---- data
@@ -350,7 +340,8 @@ def main():
 
     # ---- model, optimizer, resume
     torch.manual_seed(args.seed)  # the same weights on all ranks
-    model = make_model(args, checkpoint, train_set.names).to(device, memory_format=memory_format(device))
+    layout = runtime.memory_format(device)
+    model = make_model(args, checkpoint, train_set.names).to(device, memory_format=layout)
     optimizer, scaler = make_optimizer(args, model), LossScaler(args.loss_scale, enabled=args.amp == "fp16")
     torch.manual_seed(args.seed + rank)  # other dropout and samples on every rank
     start = checkpoint["step"] if args.resume else 0
@@ -364,11 +355,13 @@ def main():
     log.open()  # after all checks: a run that is refused leaves the files of an earlier one as they are
 
     # ---- loader
-    interrupts = Interrupts()  # before the loader forks: Ctrl-C must not kill its processes during a step
+    # Before the loader forks: Ctrl-C must not kill its processes during a step.
+    interrupts = runtime.Interrupts()
     if args.compile:
         model.compile(dynamic=False)
     ddp = model if world == 1 else DistributedDataParallel(
-        model, device_ids=None if device.type == "cpu" else [device.index])
+        model, device_ids=None if device.type == "cpu" else [device.index],
+        broadcast_buffers=args.norm == "batch")  # other buffers are constant
     sampler.start, sampler.stop = start, schedule.max_steps
     samples = TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed)
     make_batch = partial(collate, size_divisor=model.size_divisor, shapes=shapes,
@@ -392,11 +385,11 @@ def main():
             image_ids += batch["image_ids"]
             images, sizes, gt_boxes, gt_labels = (batch[key].to(device, non_blocking=True) for key in
                                                   ("images", "sizes", "gt_boxes", "gt_labels"))
-            images = images.contiguous(memory_format=memory_format(device))
+            images = images.contiguous(memory_format=layout)
             last_micro = micro == accumulate - 1
             # Gradients are reduced once a step.
             with nullcontext() if world == 1 or last_micro else ddp.no_sync():
-                with autocast(device, AMP[args.amp]):
+                with runtime.autocast(device, AMP[args.amp]):
                     losses = ddp(images, sizes, gt_boxes, gt_labels)
                 (sum(losses.values()) / accumulate * scaler.scale).backward()
             log.add(losses, accumulate)
@@ -407,7 +400,7 @@ def main():
         overflow = ~torch.isfinite(norm)
         finite = torch.isfinite(sum(log.loss_sums.values())) & (~overflow | scaler.enabled)
         nonfinite, overflow, stop = any_rank(
-            [~finite, overflow, torch.tensor(interrupts.received, device=device)], world)
+            [~finite, overflow, torch.full((), interrupts.received, device=device)], world)
         if nonfinite:
             fail_nonfinite(step, losses, norm, image_ids, place)
         if not overflow:
@@ -437,4 +430,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main, death_of_a_loader)
+    runtime.run_main(main, death_of_a_loader)
