@@ -49,8 +49,8 @@ IGNORE_SCALE_JOINT = 0.5  # epsilon_i: the same for the ignore region
 # anchor-free model has none: both scales are equal (R-50: 37.4 AP; 36.0 with the paper's
 # scales).
 IGNORE_SCALE = 0.2
-# Nothing is learned in the middle of a crowd region (mmdetection). This is the side of that part, as a fraction
-# of the region's side.
+# Nothing is learned in the middle of a crowd region (mmdetection): side of that part, as a fraction of the
+# region's side.
 CROWD_SCALE = 0.5
 # DIFFERS: a region must cover this share of a cell's square, as in mmdetection: a large cell that touches the
 # region belongs to it. In the paper the cells inside the projected region do.
