@@ -174,13 +174,16 @@ class ResNet(nn.Module):
 # ---------------------------------------------------------------------------------------------- FPN
 
 class FPN(nn.Module):
-    """Feature pyramid (FPN, Sec. 3) with the two coarser levels of RetinaNet (arXiv 1708.02002, Sec. 4).
+    """Feature pyramid (FPN, Sec. 3) with coarser levels after P5.
 
-    in_channels: channels of C3, C4, C5.
-    p6_from: the map from which P6 is computed, "p5" (FCOS) or "c5" (RetinaNet, FSAF).
+    in_channels: channels of the maps of the backbone: C3, C4, C5, or C2 too.
+    p6_from: "p5" (FCOS) or "c5" (RetinaNet, FSAF): P6 is a convolution of this map and P7 one of P6
+        (arXiv 1708.02002, Sec. 4). "pool" (Faster R-CNN): P6 is every second cell of P5 (FPN, Sec. 4.1), and
+        there is no P7.
     relu_before_p7: FCOS and RetinaNet's paper have this ReLU, mmdetection's RetinaNet and FSAF do not.
 
-    forward: [C3, C4, C5] -> [P3, P4, P5, P6, P7], with strides 8 to 128 and `channels` channels each.
+    forward: [C3, C4, C5] -> [P3, P4, P5, P6, P7], with strides 8 to 128 and `channels` channels each; with
+    "pool" [C2, C3, C4, C5] -> [P2, P3, P4, P5, P6], with strides 4 to 64.
     """
 
     def __init__(self, in_channels: list[int], channels: int = 256, p6_from: str = "p5",
@@ -189,11 +192,15 @@ class FPN(nn.Module):
         self.p6_from, self.relu_before_p7 = p6_from, relu_before_p7
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.p6 = nn.Conv2d(channels if p6_from == "p5" else in_channels[-1], channels, 3, 2, 1)
-        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+        if p6_from != "pool":
+            self.p6 = nn.Conv2d(channels if p6_from == "p5" else in_channels[-1], channels, 3, 2, 1)
+            self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
+                if p6_from == "pool":
+                    nn.init.kaiming_uniform_(module.weight, a=1)  # Caffe2's XavierFill (detectron2)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
@@ -201,6 +208,8 @@ class FPN(nn.Module):
         for i in range(len(merged) - 2, -1, -1):  # top-down pathway: each level adds the coarser one
             merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
         levels = [output(feature) for output, feature in zip(self.output, merged)]
+        if self.p6_from == "pool":
+            return [*levels, F.max_pool2d(levels[-1], 1, 2)]
         p6 = self.p6(levels[-1] if self.p6_from == "p5" else features[-1])
         return [*levels, p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
 

@@ -412,7 +412,7 @@ def parse_args() -> argparse.Namespace:
     parser = runtime.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
-    add("--models", nargs="+", choices=OURS, default=["FCOS", "RetinaNet", "FSAF"],
+    add("--models", nargs="+", choices=OURS, default=["FCOS", "RetinaNet", "FSAF", "Faster R-CNN"],
         help="models of train, memory and growth")
     add("--size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"), help="size of their images, px")
     add("--batch-size", type=int, default=2, help="images per step and per batch of infer")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from convert import TorchvisionFCOS, TorchvisionRetinaNet, convert_detector
+from convert import TorchvisionFasterRCNN, TorchvisionFCOS, TorchvisionRetinaNet, convert_detector
 from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN, FineTuningPredictor, transfer_class_rows
 from faster_rcnn import FasterRCNN, Predictor
 from fcos import FCOS
@@ -19,7 +19,7 @@ from runtime import atomic_write, memory_format, print0
 from weights import WeightsError, read_file
 
 # Arguments that define the architecture. They come from the checkpoint unless given on the command line.
-MODEL_ARGS = ("model", "backbone", "fpn_channels", "caffe", "original", "tower_bias", "torchvision",
+MODEL_ARGS = ("model", "backbone", "fpn", "fpn_channels", "caffe", "original", "tower_bias", "torchvision",
               "fsaf_branch", "ignore_scale", "decouple", "cosine", "pool_size", "roi_samples", "proposals")
 CLASS_LAYERS = ("head.cls_logits.", "head.anchor_logits.", "predictor.")  # their shape depends on the classes
 
@@ -43,7 +43,9 @@ def build_model(args: dict, num_classes: int) -> nn.Module:
                  "post_nms_top_k": args["proposals"], **backbone}
     if args["model"] == "faster_rcnn":
         predictor = partial(FineTuningPredictor, cosine=True) if args["cosine"] else Predictor
-        return FasterRCNN(num_classes, predictor=predictor, **two_stage)
+        model_class = TorchvisionFasterRCNN if args.get("torchvision") else FasterRCNN
+        return model_class(num_classes, fpn=args["fpn"], fpn_channels=args["fpn_channels"],
+                           predictor=predictor, **two_stage)
     fine_tuning = args["stage"] == "novel"
     roi_grad_scale = args["roi_grad_scale"]
     return DeFRCN(num_classes, decouple=args["decouple"], rpn_grad_scale=args["rpn_grad_scale"],
@@ -107,7 +109,10 @@ def read_checkpoint(path: str | Path, original: bool = False) -> dict:
     if missing:
         raise WeightsError(f"{path}: not a complete checkpoint of train.py, it lacks "
                            f"{', '.join(sorted(missing))}")
-    return {**content, "path": path, "notes": [], "named": True}
+    args = content["args"]
+    if args.get("model") == "faster_rcnn":
+        args = {"fpn": False, **args}  # older checkpoints are of C4 and do not say so
+    return {**content, "args": args, "path": path, "notes": [], "named": True}
 
 
 def _fit_to_model(path: str | Path, converted: dict) -> dict:

@@ -17,6 +17,7 @@ import defrcn
 import faster_rcnn
 from backbone import ARCHITECTURES, BN_EPS, CAFFE_PIXELS, TORCHVISION_PIXELS
 from data import COCO_CLASSES, COCO_IDS, COCO_NOVEL, VOC_CLASSES
+from faster_rcnn import FasterRCNN, roi_levels
 from fcos import CAFFE_PIXELS_IMPROVED, FCOS, PRE_NMS_TOP_K
 from fsaf import ANCHOR_SCALE, ASPECT_RATIOS, FSAF, IGNORE_SCALE, OCTAVES, STRIDES, base_anchors
 from ops import cell_anchors, grid_points, place_anchors, topk_candidates
@@ -31,7 +32,9 @@ from weights import (
 State = dict[str, Tensor]  # a state_dict
 TORCHVISION_SCORE_THRESHOLD = 0.2  # torchvision's FCOS; it applies to sqrt(class score x centerness)
 # First 8 digits of the SHA-256 of torchvision's published files: their batch norms had no epsilon.
-WITHOUT_EPS = ("99b0c9b7", "eeacb38b")  # fcos_resnet50_fpn_coco, retinanet_resnet50_fpn_coco
+# They are fcos_resnet50_fpn_coco, retinanet_resnet50_fpn_coco and fasterrcnn_resnet50_fpn_coco.
+WITHOUT_EPS = ("99b0c9b7", "eeacb38b", "258fb6c6")
+TORCHVISION_PROPOSALS = (2000, 1000)  # after NMS, in training and at inference
 TOWERS = {"cls": "cls_tower", "classification": "cls_tower", "reg": "box_tower", "regression": "box_tower"}
 
 
@@ -48,7 +51,7 @@ class TorchvisionFCOS(FCOS):
 
     def points(self, shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tensor, Tensor]:
         _, strides, ranges = super().points(shapes, device)
-        return torch.cat(_torchvision_points(shapes, device)), strides, ranges
+        return torch.cat(_torchvision_points(shapes, STRIDES[0], device)), strides, ranges
 
     def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
         level_sizes = [height * width for height, width in outputs["shapes"]]
@@ -66,14 +69,37 @@ class TorchvisionRetinaNet(FSAF):
     p6_from, relu_before_p7 = "p5", True
 
     def anchors(self, shapes: list[tuple[int, int]]) -> Tensor:
-        points = _torchvision_points(shapes, self.base_anchors.device)
+        points = _torchvision_points(shapes, STRIDES[0], self.base_anchors.device)
         return torch.cat([place_anchors(*level) for level in zip(self.base_anchors, points)])
 
 
-def _torchvision_points(shapes: list[tuple[int, int]], device) -> list[Tensor]:
-    """torchvision's points, L tensors (H*W, 2) px. Their spacing is image size // map size."""
-    # It is smaller than the stride if the map size was rounded up.
-    image_height, image_width = (side * STRIDES[0] for side in shapes[0])
+class TorchvisionFasterRCNN(FasterRCNN):
+    """Faster R-CNN with FPN and torchvision's anchors, number of proposals and RoIAlign."""
+
+    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
+                 post_nms_top_k: tuple[int, int] = TORCHVISION_PROPOSALS, **arguments):
+        super().__init__(num_classes, backbone, caffe, post_nms_top_k=post_nms_top_k, **arguments)
+        self.base_anchors = self.base_anchors.round()
+
+    def anchors(self, shapes: list[tuple[int, int]]) -> Tensor:
+        points = _torchvision_points(shapes, self.strides[0], self.base_anchors.device)
+        return torch.cat([place_anchors(*level) for level in zip(self.base_anchors, points)])
+
+    def pool(self, features: list[Tensor], rois: Tensor) -> Tensor:
+        """2 x 2 samples in each cell, and boxes that are not shifted by half a pixel."""
+        from torchvision.ops import roi_align
+        level = roi_levels(rois).flatten()[:, None, None, None]
+        return sum((level == i) * roi_align(feature.float(), list(rois), self.pool_size, 1 / stride, 2)
+                   for i, (feature, stride) in enumerate(zip(features, self.strides)))
+
+
+def _torchvision_points(shapes: list[tuple[int, int]], stride: int, device) -> list[Tensor]:
+    """torchvision's points, L tensors (H*W, 2) px. Their spacing is image size // map size.
+
+    stride: of the finest map.
+    """
+    # The spacing is smaller than the stride of a level if the map size was rounded up.
+    image_height, image_width = (side * stride for side in shapes[0])
     return [grid_points(height, width, image_height // height, image_width // width, device)
             for height, width in shapes]
 
@@ -113,6 +139,24 @@ def fsaf_from_mmdet(state: State, caffe: bool = False) -> State:
     else:
         raise WeightsError(f"not an FSAF or RetinaNet of mmdetection: it has keys like {sorted(state)[:3]}")
     return _with_pixels(renamed, CAFFE_PIXELS if caffe else TORCHVISION_PIXELS, bgr=caffe)
+
+
+def rcnn_from_mmdet(state: State, caffe: bool = False) -> State:
+    """mmdetection's Faster R-CNN with FPN (2.x and 3.x), for `FasterRCNN(..., caffe=caffe)`.
+
+    caffe: style of the backbone, which no key tells. Raises WeightsError.
+    """
+    renamed = rename_keys(state, [
+        (r"^neck\.lateral_convs\.(\d)\.conv\.", r"fpn.lateral.\1."),
+        (r"^neck\.fpn_convs\.(\d)\.conv\.", r"fpn.output.\1."),
+        (r"^rpn_head\.rpn_conv\.", "rpn.conv."), (r"^rpn_head\.rpn_cls\.", "rpn.objectness."),
+        (r"^rpn_head\.rpn_reg\.", "rpn.deltas."), (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "box_head.fc1."),
+        (r"^roi_head\.bbox_head\.shared_fcs\.1\.", "box_head.fc2."),
+        (r"^roi_head\.bbox_head\.fc_cls\.", "predictor.cls_score."),
+        (r"^roi_head\.bbox_head\.fc_reg\.", "predictor.deltas.")])
+    if "predictor.deltas.weight" not in renamed:
+        raise WeightsError(f"not a Faster R-CNN of mmdetection: it has keys like {sorted(state)[:3]}")
+    return _with_pixels(renamed, CAFFE_PIXELS_IMPROVED if caffe else TORCHVISION_PIXELS, bgr=caffe)
 
 
 def _rename_mmdet(state: State, tower_layers: int, predictors: dict[str, str]) -> State:
@@ -182,6 +226,21 @@ def fsaf_from_torchvision(state: State, bn_eps: float = BN_EPS) -> State:
     return renamed | {"base_anchors": torch.stack(anchors)}
 
 
+def rcnn_from_torchvision(state: State, bn_eps: float = BN_EPS) -> State:
+    """torchvision's `fasterrcnn_resnet50_fpn`, for `TorchvisionFasterRCNN`. Its first class is background."""
+    renamed = rename_keys(_rename_torchvision(state, bn_eps, {}), [
+        (r"^rpn\.head\.conv\.(0\.0\.)?", "rpn.conv."), (r"^rpn\.head\.cls_logits\.", "rpn.objectness."),
+        (r"^rpn\.head\.bbox_pred\.", "rpn.deltas."), (r"^roi_heads\.box_head\.fc6\.", "box_head.fc1."),
+        (r"^roi_heads\.box_head\.fc7\.", "box_head.fc2."),
+        (r"^roi_heads\.box_predictor\.cls_score\.", "predictor.cls_score."),
+        (r"^roi_heads\.box_predictor\.bbox_pred\.", "predictor.deltas.")])
+    for key in [key for key in renamed if key.startswith("predictor.")]:
+        background = 1 if ".cls_score." in key else 4  # rows
+        others = renamed[key][background:]
+        renamed[key] = torch.cat((others, renamed[key][:1])) if background == 1 else others
+    return renamed
+
+
 def _rename_torchvision(state: State, bn_eps: float, predictors: dict[str, str]) -> State:
     renamed = fill_missing_bn_stats(rename_keys(state, [
         (r"^backbone\.body\.", "backbone."),
@@ -196,14 +255,18 @@ def _rename_torchvision(state: State, bn_eps: float, predictors: dict[str, str])
 
 
 def rcnn_from_detectron2(state: State) -> State:
-    """The official DeFRCN, for `DeFRCN`, or detectron2's Faster R-CNN C4, for `FasterRCNN`.
+    """The official DeFRCN, for `DeFRCN`; detectron2's Faster R-CNN, for `FasterRCNN` with FPN or C4.
 
     A file without a predictor (after the "remove" surgery) gives none here. Raises WeightsError.
     """
-    if not any(key.startswith(("backbone.res5.", "roi_heads.res5.")) for key in state):
-        raise WeightsError(f"not a Faster R-CNN C4 of detectron2: it has keys like {sorted(state)[:3]}")
-    resnet, rest = _split_detectron2(state, ("backbone.", "roi_heads.res5."))
+    fpn = any(key.startswith("backbone.fpn_") for key in state)
+    if not fpn and not any(key.startswith(("backbone.res5.", "roi_heads.res5.")) for key in state):
+        raise WeightsError(f"not a Faster R-CNN of detectron2: it has keys like {sorted(state)[:3]}")
+    prefixes = ("backbone.bottom_up.",) if fpn else ("backbone.", "roi_heads.res5.")
+    resnet, rest = _split_detectron2(state, prefixes)
     rest = rename_keys(rest, [
+        (r"^backbone\.fpn_(lateral|output)(\d)", lambda m: f"fpn.{m[1]}.{int(m[2]) - 2}"),
+        (r"^roi_heads\.box_head\.", "box_head."),
         (r"^proposal_generator\.rpn_head\.conv\.", "rpn.conv."),
         (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
         (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
@@ -251,9 +314,11 @@ DEFAULT_ARGS = {"original": False, "torchvision": False, "fsaf_branch": "free", 
                 "decouple": True, "norm": "frozen", "freeze_at": 2, "min_size": [800], "max_size": 1333,
                 "pad_to": None, "data": None, "stage": None}
 FSAF_ARGS = {"model": "fsaf", "ignore_scale": IGNORE_SCALE}
-RCNN_ARGS = {"freeze_at": 3, "rpn_grad_scale": defrcn.RPN_GRAD_SCALE,
-             "roi_grad_scale": defrcn.ROI_GRAD_SCALE_BASE, "roi_samples": faster_rcnn.ROI_SAMPLES,
-             "proposals": list(faster_rcnn.POST_NMS_TOP_K)}
+C4_ARGS = {"freeze_at": 3, "fpn": False, "rpn_grad_scale": defrcn.RPN_GRAD_SCALE,
+           "roi_grad_scale": defrcn.ROI_GRAD_SCALE_BASE, "roi_samples": faster_rcnn.ROI_SAMPLES,
+           "proposals": list(faster_rcnn.POST_NMS_TOP_K_C4)}
+FPN_ARGS = {"model": "faster_rcnn", "fpn": True, "decouple": False, "pool_size": faster_rcnn.POOL_SIZE,
+            "roi_samples": faster_rcnn.ROI_SAMPLES, "proposals": list(faster_rcnn.POST_NMS_TOP_K)}
 FORMATS = (
     Format("an FCOS of mmdetection", "bbox_head.conv_centerness.weight", None, fcos_from_mmdet,
            "head.cls_logits", {"model": "fcos"}),
@@ -270,10 +335,16 @@ FORMATS = (
     Format("a RetinaNet of torchvision", "head.regression_head.bbox_reg.weight", None, fsaf_from_torchvision,
            "head.anchor_logits", FSAF_ARGS | {"torchvision": True, "fsaf_branch": "anchor"}),
     Format("an official DeFRCN", "affine_rpn.weight", None, rcnn_from_detectron2,
-           "predictor.cls_score", RCNN_ARGS | {"model": "defrcn", "pool_size": defrcn.POOL_SIZE}),
+           "predictor.cls_score", C4_ARGS | {"model": "defrcn", "pool_size": defrcn.POOL_SIZE}),
     Format("a Faster R-CNN C4 of detectron2", "roi_heads.res5.0.conv1.weight", None, rcnn_from_detectron2,
            "predictor.cls_score",
-           RCNN_ARGS | {"model": "faster_rcnn", "pool_size": faster_rcnn.POOL_SIZE, "decouple": False}))
+           C4_ARGS | {"model": "faster_rcnn", "pool_size": faster_rcnn.POOL_SIZE_C4, "decouple": False}),
+    Format("a Faster R-CNN of detectron2", "roi_heads.box_head.fc1.weight", None, rcnn_from_detectron2,
+           "predictor.cls_score", FPN_ARGS),
+    Format("a Faster R-CNN of mmdetection", "roi_head.bbox_head.shared_fcs.0.weight", None, rcnn_from_mmdet,
+           "predictor.cls_score", FPN_ARGS | {"norm": "affine"}),
+    Format("a Faster R-CNN of torchvision", "roi_heads.box_head.fc6.weight", None, rcnn_from_torchvision,
+           "predictor.cls_score", FPN_ARGS | {"torchvision": True, "proposals": list(TORCHVISION_PROPOSALS)}))
 
 
 def convert_detector(path: str | Path, content, original: bool) -> dict:
@@ -305,16 +376,29 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
     if args["torchvision"]:
         if hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(WITHOUT_EPS):
             state = _change_bn_eps(state, 0.0)
-        if count == 91:  # one for every id of COCO, also for the 11 ids without a category
-            for key in (found.scores + ".weight", found.scores + ".bias"):
-                state[key] = state[key].unflatten(0, (-1, 91))[:, COCO_IDS].flatten(0, 1)
-            count = 80
+        if count in (90, 91):  # one for every id of COCO, also for the 10 ids (and 0) without a category
+            state, count = state | _rows_of_coco(state, found.scores, count), 80
     names, remark = _class_names(meta, count, args["model"])
     form = (", original form" if args["original"] else ", improved form") if args["model"] == "fcos" else ""
     return {"model": state, "args": args, "step": 0, "format": found.name,
             "notes": [f"{path}: {found.name}{form}, {args['backbone']}, {count} classes{remark}"],
             "names": names or [f"class {i}" for i in range(count)], "named": names is not None,
             "category_ids": COCO_IDS if names == COCO_CLASSES else list(range(1, count + 1))}
+
+
+def _rows_of_coco(state: State, scores: str, count: int) -> State:
+    """The rows of COCO's 80 categories in the layers of torchvision that have a class for every id.
+
+    count: 91 for the ids 0 to 90, 90 for 1 to 90 (two-stage: the background is apart).
+    """
+    if count == 91:
+        return {key: state[key].unflatten(0, (-1, 91))[:, COCO_IDS].flatten(0, 1)
+                for key in (scores + ".weight", scores + ".bias")}
+    rows = torch.tensor([i - 1 for i in COCO_IDS])
+    classes = {key: state[key][torch.cat((rows, torch.tensor([count])))]  # the last row is the background
+               for key in (scores + ".weight", scores + ".bias")}
+    return classes | {key: state[key].unflatten(0, (count, 4))[rows].flatten(0, 1)
+                      for key in ("predictor.deltas.weight", "predictor.deltas.bias")}
 
 
 def _find_format(path: str | Path, state: State) -> Format:
@@ -331,7 +415,7 @@ def _reader_options(found: Format, meta: dict) -> dict:
     """What the config that mmdetection saves tells a reader; {} without a config."""
     config = "".join(str(meta.get("config", meta.get("cfg", ""))).split())
     options, style = {}, re.search(r"style=['\"](caffe|pytorch)", config)
-    if style and found.reader in (fcos_from_mmdet, fsaf_from_mmdet):
+    if style and found.reader in (fcos_from_mmdet, fsaf_from_mmdet, rcnn_from_mmdet):
         options["caffe"] = style[1] == "caffe"
     if "FCOSHead" in config and found.reader is fcos_from_mmdet:
         options["original"] = "norm_on_bbox=True" not in config

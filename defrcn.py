@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import TORCHVISION_PIXELS, ResNet
-from faster_rcnn import POST_NMS_TOP_K, ROI_SAMPLES, SCORE_THRESHOLD, FasterRCNN, Predictor, random_priorities
+from faster_rcnn import ROI_SAMPLES, SCORE_THRESHOLD, FasterRCNN, Predictor, random_priorities
 from ops import roi_align
 
 # Values of the official configs, except where a comment names another source.
@@ -151,11 +151,11 @@ class DeFRCN(FasterRCNN):
                  roi_grad_scale: float = ROI_GRAD_SCALE_BASE, pool_size: int = POOL_SIZE,
                  norm: str = "frozen", freeze_at: int = 3, freeze_res5: bool = False,
                  cls_dropout: float = 0.0, cosine: bool = False, roi_samples: int = ROI_SAMPLES,
-                 post_nms_top_k: tuple[int, int] = POST_NMS_TOP_K, score_threshold: float = SCORE_THRESHOLD,
+                 post_nms_top_k: tuple[int, int] | None = None, score_threshold: float = SCORE_THRESHOLD,
                  sample_order: Callable = random_priorities):
-        super().__init__(num_classes, backbone, caffe, pool_size, norm, freeze_at, roi_samples=roi_samples,
-                         post_nms_top_k=post_nms_top_k, score_threshold=score_threshold,
-                         sample_order=sample_order,
+        super().__init__(num_classes, backbone, caffe, fpn=False, pool_size=pool_size, norm=norm,
+                         freeze_at=freeze_at, roi_samples=roi_samples, post_nms_top_k=post_nms_top_k,
+                         score_threshold=score_threshold, sample_order=sample_order,
                          predictor=partial(FineTuningPredictor, dropout=cls_dropout, cosine=cosine))
         self.decouple, self.rpn_grad_scale, self.roi_grad_scale = decouple, rpn_grad_scale, roi_grad_scale
         if freeze_res5:
@@ -166,13 +166,13 @@ class DeFRCN(FasterRCNN):
         for name in ("rpn", "predictor"):
             self._modules[name] = self._modules.pop(name)
 
-    def features(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of the RPN and input of the RoI head: (B, D, H, W) each."""
-        rpn_feature, roi_feature = super().features(images, sizes)
+    def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The map that the RPN reads and the map that the RoI head reads, each (B, D, H, W)."""
+        features, _ = super().features(images, sizes)
         if not self.decouple:
-            return rpn_feature, roi_feature
-        return (self.affine_rpn(scale_gradient(rpn_feature, self.rpn_grad_scale)),
-                self.affine_roi(scale_gradient(roi_feature, self.roi_grad_scale)))
+            return features, features
+        return ([self.affine_rpn(scale_gradient(features[0], self.rpn_grad_scale))],
+                [self.affine_roi(scale_gradient(features[0], self.roi_grad_scale))])
 
 
 # ------------------------------------------------------------------- prototypical calibration block

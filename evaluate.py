@@ -13,6 +13,7 @@ from runtime import (  # before torch: see the first lines of runtime.py
     AMP,
     Parser,
     Place,
+    UserError,
     autocast,
     gather_objects,
     make_folder,
@@ -47,8 +48,9 @@ from data import (
     image_folder,
 )
 from draw import draw_detections
+from faster_rcnn import FasterRCNN
 from fewshot import checkpoint_scoring
-from metrics import ClassGroups, group_means, read_results, score, shown
+from metrics import ClassGroups, group_means, proposal_recall, read_results, score, shown
 from ops import nms
 from shapes import open_dataset
 from subsets import select_classes
@@ -68,9 +70,11 @@ class EvalSettings(NamedTuple):
 # ---------------------------------------------------------------------------------------------- detections
 
 @torch.inference_mode()
-def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
-           settings: EvalSettings) -> tuple[list[dict], dict[str, float]]:
+def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, settings: EvalSettings,
+           decode: Callable | None = None) -> tuple[list[dict], dict[str, float]]:
     """Detections of every image, in COCO result format.
+
+    decode: function from the outputs of the network and sizes to detections, by default the model's.
 
     Boxes are in pixels of the original images, category ids are those of `dataset`. Images are split over the
     ranks; every rank returns all results. Also returns the ms per image spent waiting for images ("loading"),
@@ -106,7 +110,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
         with autocast(device, settings.amp):
             outputs = model.network(images, sizes)
         lap("network")
-        results += _coco_results(dataset, batch, model.detections(outputs, sizes))
+        results += _coco_results(dataset, batch, (decode or model.detections)(outputs, sizes))
         seen += batch["indices"]
         lap("post-processing")
     model.train(was_training)
@@ -198,6 +202,8 @@ def parse_args() -> argparse.Namespace:
                                            "for torchvision's, or none (default: the checkpoint's)")
     run.add_argument("--score-threshold", type=float,
                      help="drop detections with a lower class score (default: the model's)")
+    run.add_argument("--proposals-recall", action="store_true",
+                     help="score the proposals of a two-stage detector, not its detections")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
     run.add_argument("--pictures", type=int, default=8, help="draw the first N images (default: 8)")
     args = parser.parse_args()
@@ -208,6 +214,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.score_threshold is not None and not 0 <= args.score_threshold < 1:
         parser.error(f"--score-threshold must be in 0..1, not {args.score_threshold}")
+    if args.proposals_recall and (args.images or args.detections):
+        parser.error("--proposals-recall needs --ckpt and annotated data")
     if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
         parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
     return args
@@ -260,6 +268,27 @@ def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
         print(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
 
 
+def best_proposals(outputs: dict[str, torch.Tensor], sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """The proposals of a two-stage detector as detections of class 0. Scores fall with the rank, from 1."""
+    images = []
+    for boxes, valid in zip(outputs["proposals"], outputs["valid"]):
+        boxes = boxes[valid]
+        scores = 1 - torch.arange(len(boxes), device=boxes.device) / (len(boxes) + 1)
+        labels = torch.zeros(len(boxes), dtype=torch.long)
+        images.append({"boxes": boxes, "scores": scores, "labels": labels})
+    return images
+
+
+def score_proposals(model: torch.nn.Module, dataset: DetectionDataset, place: Place, out: Path,
+                    settings: EvalSettings):
+    """Writes proposals_recall.json. Raises UserError for a one-stage detector."""
+    if not isinstance(model, FasterRCNN):
+        raise UserError("--proposals-recall is for two-stage detectors: faster_rcnn and defrcn")
+    proposals, _ = detect(model, dataset, place, settings, best_proposals)
+    if place.rank == 0:
+        write_json(out / "proposals_recall.json", proposal_recall(dataset, proposals))
+
+
 def score_file(args: argparse.Namespace):
     """Scores a detections file against a dataset."""
     out = args.out or args.detections.parent
@@ -296,6 +325,8 @@ def main():
            f"short side {settings.min_size}, long side at most {settings.max_size} px")
     if args.images:
         return draw_images(model, dataset, place, out, settings)
+    if args.proposals_recall:
+        return score_proposals(model, dataset, place, out, settings)
     scoring = {}
     if trained["stage"]:
         scoring = checkpoint_scoring(trained, info["names"], place, args.pcb_weights,

@@ -1,18 +1,28 @@
 """Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks (arXiv 1506.01497).
 
-This is the form with a ResNet "C4" backbone, as in Detectron and detectron2:
+Both forms are those of Detectron and detectron2. The form with a feature pyramid (arXiv 1612.03144):
 
-    image -> conv1 .. layer3 -> feature ("C4", stride 16) -> RPN -> proposals
-                                   |                                   |
-                                   +---------> RoIAlign <--------------+
-                                                   |
-                                                layer4 -> mean -> class and box of every RoI
+    image -> ResNet -> FPN -> P2 .. P6 -> RPN -> proposals
+                               |                     |
+                            P2 .. P5 ---> RoIAlign <-+   every RoI on the level that fits its size
+                                             |
+                             two fully connected layers -> class and box of every RoI
+
+The form without, called C4 after its one feature map of stride 16:
+
+    image -> conv1 .. layer3 -> C4 -> RPN -> proposals
+                                |               |
+                                +-> RoIAlign <--+
+                                       |
+                                    layer4 -> mean -> class and box of every RoI
 
 Stage one is the region proposal network (Sec. 3.1). Stage two is the detector of Fast R-CNN
-(arXiv 1504.08083) on the same feature. Both train together ("approximate joint training", Sec. 3.2).
+(arXiv 1504.08083) on the same features. Both train together ("approximate joint training", Sec. 3.2).
 
-Letters: B images, C classes, G gt objects of one image (padded), H W height and width of the feature map,
-N anchors, R proposals or RoIs, D channels. The last class logit of a RoI, index C, is background.
+Letters: B images, C classes, G gt objects of one image (padded), H W height and width of a feature map,
+L levels, A anchors of a cell, N anchors of all levels, R proposals or RoIs, D channels. The last class logit
+of a RoI, index C, is background. Anchors are concatenated from the finest level to the coarsest, each level
+in the row-major order of `feature.flatten(2)`.
 `# DIFFERS:` marks departures from the paper; docs/differences.md lists them.
 """
 import math
@@ -22,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone import ResNet, normalise_images
+from backbone import FPN, ResNet, normalise_images
 from ops import (
+    batched_nms,
     cell_anchors,
     clip_boxes,
     decode_boxes,
@@ -33,27 +44,31 @@ from ops import (
     grid_points,
     match_anchors,
     mean_over_ranks,
-    nms,
     pairwise_iou,
     place_anchors,
     roi_align,
 )
 
-STRIDE = 16  # px per cell of the shared feature
 PIXELS = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))  # RGB mean and std of detectron2's published models
 
 # ---- region proposal network (section numbers: Faster R-CNN)
-# DIFFERS: five sizes as in Detectron; the paper has the last three, and 64 in addition on COCO.
-ANCHOR_SIZES = (32, 64, 128, 256, 512)  # square root of the area, px
+STRIDES = (4, 8, 16, 32, 64)  # px per cell of P2 .. P6 (FPN, Sec. 4.1)
+STRIDE_C4 = 16
+# Square root of the area, px. With FPN every level has one size, in C4 the single map has all.
+# DIFFERS: C4 has five sizes as in Detectron; the paper has the last three, and 64 in addition on COCO.
+ANCHOR_SIZES = (32, 64, 128, 256, 512)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width (Sec. 3.3)
 RPN_FOREGROUND_IOU, RPN_BACKGROUND_IOU = 0.7, 0.3  # Sec. 3.1.2
 RPN_SAMPLES, RPN_POSITIVES = 256, 128  # sampled anchors per image, at most this many positive (Sec. 3.1.3)
-PRE_NMS_TOP_K = (12000, 6000)  # anchors before NMS in training, at inference (Detectron)
-POST_NMS_TOP_K = (2000, 1000)  # proposals in training (Sec. 3.3), at inference (Detectron)
+# Anchors of one level before NMS in training, at inference; proposals of all levels after it (detectron2).
+PRE_NMS_TOP_K, POST_NMS_TOP_K = (2000, 1000), (1000, 1000)
+PRE_NMS_TOP_K_C4, POST_NMS_TOP_K_C4 = (12000, 6000), (2000, 1000)
 RPN_NMS_THRESHOLD = 0.7  # Sec. 3.3
 
 # ---- RoI head
-POOL_SIZE = 14  # side of the RoIAlign grid (Detectron's C4 models)
+POOL_SIZE, POOL_SIZE_C4 = 7, 14  # side of the RoIAlign grid (Detectron)
+CANONICAL_LEVEL, CANONICAL_SIZE = 4, 224  # a RoI of this size (px) belongs to P4 (FPN, Eq. 1)
+HEAD_WIDTH = 1024  # of the two fully connected layers (FPN, Sec. 4.2)
 ROI_FOREGROUND_IOU = 0.5  # Fast R-CNN, Sec. 2.3
 ROI_SAMPLES, ROI_POSITIVE_FRACTION = 512, 0.25  # RoIs per image in training (Detectron; Fast R-CNN, Sec. 2.3)
 DELTA_WEIGHTS = (10.0, 5.0)  # factors of the deltas of a RoI: of shifts, of logarithms (Detectron)
@@ -69,43 +84,44 @@ MAX_DETECTIONS = 100
 class RPN(nn.Module):
     """Region proposal network: objectness and box of every anchor (Sec. 3.1, Fig. 3).
 
-    forward: (B, D, H, W) -> objectness logits (B, N), deltas (B, N, 4), both float32, in the order of
+    anchors_per_cell: A. All levels share the layers (FPN, Sec. 4.1).
+    forward: L x (B, D, H, W) -> objectness logits (B, N), deltas (B, N, 4), both float32, in the order of
     `all_anchors`.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, anchors_per_cell: int):
         super().__init__()
-        per_cell = len(ANCHOR_SIZES) * len(ASPECT_RATIOS)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, per_cell, 1)
-        self.deltas = nn.Conv2d(channels, per_cell * 4, 1)
+        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)  # Sec. 3.1.3
             nn.init.zeros_(layer.bias)
 
-    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.conv(feature).relu()
-        objectness = flatten_predictions([self.objectness(hidden)], 1).squeeze(-1)
-        return objectness, flatten_predictions([self.deltas(hidden)], 4)
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        hidden = [self.conv(feature).relu() for feature in features]
+        objectness = flatten_predictions([self.objectness(level) for level in hidden], 1).squeeze(-1)
+        return objectness, flatten_predictions([self.deltas(level) for level in hidden], 4)
 
 
-def base_anchors() -> Tensor:
-    """Anchors of one cell, centred at the origin (Sec. 3.1.1).
+def base_anchors(fpn: bool = True) -> Tensor:
+    """Anchors of one cell on every level, centred at the origin (Sec. 3.1.1; FPN, Sec. 4.1).
 
-    Returns (A, 4) float32 px; all aspect ratios of one size come before the next size.
+    Returns (L, A, 4) float32 px; all aspect ratios of one size come before the next size.
     """
     sizes = torch.tensor(ANCHOR_SIZES, dtype=torch.float32)
-    return cell_anchors(sizes, ASPECT_RATIOS).transpose(0, 1).reshape(-1, 4)
+    anchors = cell_anchors(sizes, ASPECT_RATIOS).transpose(0, 1)  # (sizes, ratios, 4)
+    return anchors if fpn else anchors.reshape(1, -1, 4)
 
 
-def all_anchors(base: Tensor, height: int, width: int) -> Tensor:
-    """The anchors (A, 4) of `base_anchors` around every cell of a feature map of height x width cells.
+def all_anchors(base: Tensor, shapes: list[tuple[int, int]], strides: tuple[int, ...]) -> Tensor:
+    """Anchors of all levels, centred on the upper left corner of each cell.
 
-    They are centred on the upper left corner of each cell and may cross the border of the image.
-    Returns (N, 4) float32 xyxy, pixels of the padded image. Cells are in the row-major order of
-    `feature.flatten(2)`.
+    base: (L, A, 4) px from `base_anchors`; shapes: (height, width) of each feature map.
+    Returns (N, 4) float32 xyxy, pixels of the padded image. Anchors may cross its border.
     """
-    return place_anchors(base, grid_points(height, width, STRIDE, STRIDE, base.device))
+    return torch.cat([place_anchors(anchors, grid_points(*shape, stride, stride, base.device))
+                      for anchors, shape, stride in zip(base, shapes, strides)])
 
 
 # ---- sampling
@@ -167,20 +183,26 @@ def rpn_losses(objectness: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Te
 
 
 @torch.no_grad()
-def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Tensor, pre_nms_top_k: int,
-                  post_nms_top_k: int) -> tuple[Tensor, Tensor]:
-    """Proposals of one image: the best anchors, decoded, clipped to the image, after NMS (Sec. 3.3).
+def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Tensor, level_sizes: list[int],
+                  pre_nms_top_k: int, post_nms_top_k: int) -> tuple[Tensor, Tensor]:
+    """Proposals of one image: the best anchors of each level, decoded and clipped, after NMS (Sec. 3.3).
 
-    objectness: (N,) logits; deltas: (N, 4); anchors: (N, 4) px; size: (2,) height, width before padding.
+    NMS is by level: boxes suppress only boxes of their own level (detectron2).
+    objectness: (N,) logits; deltas: (N, 4); anchors: (N, 4) px; size: (2,) height, width before padding;
+    level_sizes: number of anchors on each level.
     Returns boxes (post_nms_top_k, 4) px, best first, and valid (post_nms_top_k,) bool. The number of rows is
     fixed: rows that NMS leaves empty are zeros and not valid.
     """
-    scores, best = objectness.topk(min(pre_nms_top_k, len(objectness)))
-    boxes = clip_boxes(decode_boxes(deltas[best], anchors[best]), *size)
+    index = torch.arange(len(objectness), device=objectness.device).split(level_sizes)
+    best = [anchor[logits.topk(min(pre_nms_top_k, len(logits))).indices]
+            for anchor, logits in zip(index, objectness.split(level_sizes))]
+    level = torch.cat([torch.full_like(anchor, i) for i, anchor in enumerate(best)])
+    best = torch.cat(best)
+    scores, boxes = objectness[best], clip_boxes(decode_boxes(deltas[best], anchors[best]), *size)
     valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1) & scores.isfinite()
     # An invalid box becomes an empty one with the lowest score: it suppresses nothing and comes last.
     boxes, scores = torch.where(valid[:, None], boxes, 0.0), torch.where(valid, scores, -math.inf)
-    kept = nms(boxes, scores, RPN_NMS_THRESHOLD, post_nms_top_k)
+    kept = batched_nms(boxes, scores, level, RPN_NMS_THRESHOLD, post_nms_top_k)
     # Padded first and cut afterwards, so that torch.export sees a fixed number of rows.
     kept = torch.cat((kept, kept.new_full((post_nms_top_k,), -1)))[:post_nms_top_k]
     valid = (kept >= 0) & valid[kept]
@@ -216,6 +238,46 @@ def sample_rois(proposals: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: T
                          torch.where(negative, num_classes, -1))
     chosen = torch.where(positive, 0, torch.where(negative, 1, 2)).argsort(stable=True)[:count]
     return boxes[chosen], labels[chosen], _gather_boxes(gt_boxes, torch.where(positive, index, -1)[chosen])
+
+
+def roi_levels(rois: Tensor) -> Tensor:
+    """Level that a RoI reads: P4 if its size is CANONICAL_SIZE, P3 if it is half of that (FPN, Eq. 1).
+
+    rois: (..., 4) px. Returns (...) int64: 0 = P2 to 3 = P5; 0 for a RoI without area.
+    """
+    size = ((rois[..., 2] - rois[..., 0]) * (rois[..., 3] - rois[..., 1])).sqrt()
+    level = (CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + 1e-8)).floor()
+    return level.clamp(2, 5).long() - 2
+
+
+def pool_rois(features: list[Tensor], rois: Tensor, size: int) -> Tensor:
+    """`roi_align` of every RoI on its own level.
+
+    features: P2 to P5 (B, D, H, W); rois: (B, R, 4) px. Returns (B * R, D, size, size) float32.
+    """
+    level = roi_levels(rois)
+    # Every level sees all RoIs, so that the shapes are fixed. A RoI of another level loses its area: it has
+    # no samples, costs next to nothing, and its features are 0.
+    return sum(roi_align(feature, torch.where((level == i)[..., None], rois, 0.0), size, 1 / stride)
+               for i, (feature, stride) in enumerate(zip(features, STRIDES)))
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers on the pooled features (FPN, Sec. 4.2).
+
+    forward: (R, D, pool_size, pool_size) -> (R, HEAD_WIDTH).
+    """
+
+    def __init__(self, channels: int, pool_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels * pool_size ** 2, HEAD_WIDTH)
+        self.fc2 = nn.Linear(HEAD_WIDTH, HEAD_WIDTH)
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill (detectron2)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
 
 
 class Predictor(nn.Module):
@@ -280,12 +342,13 @@ def roi_candidates(logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Ten
 # ------------------------------------------------------------------------------------------- model
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN with a C4 backbone.
+    """Faster R-CNN, with a feature pyramid (fpn=True) or with a C4 backbone.
 
-    num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`. pool_size: side
-    of the RoIAlign grid. roi_samples: RoIs per image in training. post_nms_top_k: number of proposals in
-    training, at inference. sample_order: function (count, device) -> priorities (count,) of anchors and of
-    RoIs, see `random_priorities`. predictor: class or function (channels, num_classes) -> `Predictor`.
+    num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`. fpn_channels: of
+    the pyramid. pool_size: side of the RoIAlign grid. roi_samples: RoIs per image in training.
+    post_nms_top_k: number of proposals in training, at inference. None for one of these two takes the value
+    of the form. sample_order: function (count, device) -> priorities (count,) of anchors and of RoIs, see
+    `random_priorities`. predictor: class or function (channels, num_classes) -> `Predictor`.
 
     images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width before padding;
     gt_boxes (B, G, 4) px; gt_labels (B, G) int64, -1 = padding, -2 = crowd.
@@ -293,25 +356,33 @@ class FasterRCNN(nn.Module):
     eval():  model(images, sizes) -> B dicts {"boxes" (N, 4), "scores" (N,), "labels" (N,)}, best score first
     """
 
-    size_divisor = 1  # a batch is padded to its largest image and not rounded up, as published
-
-    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = True,
-                 pool_size: int = POOL_SIZE, norm: str = "frozen", freeze_at: int = 2,
-                 roi_samples: int = ROI_SAMPLES, post_nms_top_k: tuple[int, int] = POST_NMS_TOP_K,
-                 score_threshold: float = SCORE_THRESHOLD, sample_order: Callable = random_priorities,
-                 predictor: Callable = Predictor):
+    def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = True, fpn: bool = True,
+                 fpn_channels: int = 256, pool_size: int | None = None, norm: str = "frozen",
+                 freeze_at: int = 2, roi_samples: int = ROI_SAMPLES,
+                 post_nms_top_k: tuple[int, int] | None = None, score_threshold: float = SCORE_THRESHOLD,
+                 sample_order: Callable = random_priorities, predictor: Callable = Predictor):
         super().__init__()
-        self.num_classes, self.pool_size = num_classes, pool_size
-        self.roi_samples, self.post_nms_top_k = roi_samples, tuple(post_nms_top_k)
+        self.num_classes, self.roi_samples, self.sample_order = num_classes, roi_samples, sample_order
         self.score_threshold, self.nms_threshold = score_threshold, NMS_THRESHOLD
-        self.sample_order = sample_order
-        self.backbone = ResNet(backbone, caffe, norm, freeze_at)  # layer4 belongs to the RoI head
-        channels, pooled_channels = self.backbone.out_channels[-2:]
-        self.rpn = RPN(channels)
-        self.predictor = predictor(pooled_channels, num_classes)
+        self.pool_size = pool_size or (POOL_SIZE if fpn else POOL_SIZE_C4)
+        self.pre_nms_top_k = PRE_NMS_TOP_K if fpn else PRE_NMS_TOP_K_C4
+        self.post_nms_top_k = tuple(post_nms_top_k or (POST_NMS_TOP_K if fpn else POST_NMS_TOP_K_C4))
+        # A batch is padded to its largest image; in C4 it is not rounded up, as published.
+        self.strides, self.size_divisor = (STRIDES, 32) if fpn else ((STRIDE_C4,), 1)
+        anchors = base_anchors(fpn)
+        self.backbone = ResNet(backbone, caffe, norm, freeze_at)
+        if fpn:
+            self.fpn = FPN(self.backbone.out_channels, fpn_channels, p6_from="pool")
+            self.rpn = RPN(fpn_channels, anchors.shape[1])
+            self.box_head = BoxHead(fpn_channels, self.pool_size)
+            self.predictor = predictor(HEAD_WIDTH, num_classes)
+        else:  # layer4 belongs to the RoI head
+            self.fpn, (channels, pooled_channels) = None, self.backbone.out_channels[-2:]
+            self.rpn = RPN(channels, anchors.shape[1])
+            self.predictor = predictor(pooled_channels, num_classes)
         for name, value in zip(("pixel_mean", "pixel_std"), PIXELS):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
-        self.register_buffer("base_anchors", base_anchors(), persistent=False)
+        self.register_buffer("base_anchors", anchors, persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor | None = None,
                 gt_labels: Tensor | None = None):
@@ -319,50 +390,74 @@ class FasterRCNN(nn.Module):
             return self.losses(images, sizes, gt_boxes, gt_labels)
         return self.detections(self.network(images, sizes), sizes)
 
-    def features(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of the RPN and input of the RoI head, here the same: (B, D, H / STRIDE, W / STRIDE) each."""
+    def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps that the RPN reads (L) and maps that the RoI head reads, each (B, D, H, W)."""
         images = normalise_images(images, sizes, self.pixel_mean, self.pixel_std)
-        feature = self.backbone(images, last=3)[-1]
-        return feature, feature
+        if self.fpn is None:
+            features = self.backbone(images, last=3)[-1:]
+            return features, features
+        features = self.fpn(self.backbone(images))
+        return features, features[:-1]  # P6 is for the RPN only
+
+    def anchors(self, shapes: list[tuple[int, int]]) -> Tensor:
+        """`all_anchors`; a subclass may have its anchors elsewhere."""
+        return all_anchors(self.base_anchors, shapes, self.strides)
+
+    def propose(self, features: list[Tensor], sizes: Tensor) -> dict[str, Tensor]:
+        """The region proposal network: outputs, anchors (N, 4) px and proposals of all images.
+
+        Returns {"objectness" (B, N), "deltas" (B, N, 4), "anchors", "proposals" (B, R, 4), "valid" (B, R)}.
+        """
+        objectness, deltas = self.rpn(features)
+        shapes = [feature.shape[-2:] for feature in features]
+        anchors = self.anchors(shapes)
+        level_sizes = [height * width * self.base_anchors.shape[1] for height, width in shapes]
+        proposals, valid = self.proposals(objectness, deltas, anchors, sizes, level_sizes)
+        return {"objectness": objectness, "deltas": deltas, "anchors": anchors, "proposals": proposals,
+                "valid": valid}
 
     @torch.compiler.disable  # shapes inside NMS depend on the data: it runs between two compiled graphs
-    def proposals(self, objectness: Tensor, deltas: Tensor, anchors: Tensor,
-                  sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def proposals(self, objectness: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor,
+                  level_sizes: list[int]) -> tuple[Tensor, Tensor]:
         """`rpn_proposals` of all images: boxes (B, R, 4) px and valid (B, R) bool, without gradient."""
         mode = 0 if self.training else 1
-        pre_nms, post_nms = PRE_NMS_TOP_K[mode], self.post_nms_top_k[mode]
-        found = [rpn_proposals(logit, delta, anchors, size, pre_nms, post_nms)
-                 for logit, delta, size in zip(objectness.detach(), deltas.detach(), sizes)]
+        found = [rpn_proposals(*image, level_sizes, self.pre_nms_top_k[mode], self.post_nms_top_k[mode])
+                 for image in zip(objectness.detach(), deltas.detach(), [anchors] * len(sizes), sizes)]
         return tuple(torch.stack(part) for part in zip(*found))
 
-    def predict(self, feature: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
+    # DIFFERS: RoIAlign, as in Detectron; the paper has RoI pooling, which rounds boxes to cells.
+    def pool(self, features: list[Tensor], rois: Tensor) -> Tensor:
+        """Features (B * R, D, pool_size, pool_size) of rois (B, R, 4) px; a subclass may pool otherwise."""
+        if self.fpn is None:
+            return roi_align(features[0], rois, self.pool_size, 1 / STRIDE_C4)
+        return pool_rois(features, rois, self.pool_size)
+
+    def predict(self, features: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B * R, C + 1) and deltas (B * R, C, 4) of rois (B, R, 4) px."""
-        # DIFFERS: RoIAlign, as in Detectron; the paper has RoI pooling, which rounds boxes to cells.
-        pooled = roi_align(feature, rois, self.pool_size, 1 / STRIDE)
-        return self.predictor(self.backbone.layer4(pooled).mean(dim=(2, 3)))
+        pooled = self.pool(features, rois)
+        return self.predictor(self.backbone.layer4(pooled).mean(dim=(2, 3)) if self.fpn is None else
+                              self.box_head(pooled))
 
     def losses(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> dict[str, Tensor]:
         """`rpn_losses` and `roi_losses`; the training loss is their sum."""
-        rpn_feature, roi_feature = self.features(images, sizes)
-        objectness, deltas = self.rpn(rpn_feature)
-        anchors = all_anchors(self.base_anchors, *rpn_feature.shape[-2:])
-        proposals, valid = self.proposals(objectness, deltas, anchors, sizes)
+        rpn_features, roi_features = self.features(images, sizes)
+        found = self.propose(rpn_features, sizes)
         sampled = [sample_rois(*image, self.num_classes, self.roi_samples, self.sample_order)
-                   for image in zip(proposals, valid, gt_boxes, gt_labels)]
+                   for image in zip(found["proposals"], found["valid"], gt_boxes, gt_labels)]
         rois, labels, targets = (torch.stack(part) for part in zip(*sampled))
-        logits, roi_deltas = self.predict(roi_feature, rois)
-        return {**rpn_losses(objectness, deltas, anchors, gt_boxes, gt_labels, self.sample_order),
-                **roi_losses(logits, roi_deltas, rois.flatten(0, 1), labels.flatten(), targets.flatten(0, 1))}
+        logits, deltas = self.predict(roi_features, rois)
+        return {**rpn_losses(found["objectness"], found["deltas"], found["anchors"], gt_boxes, gt_labels,
+                             self.sample_order),
+                **roi_losses(logits, deltas, rois.flatten(0, 1), labels.flatten(), targets.flatten(0, 1))}
 
     def network(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """{"proposals" (B, R, 4) px, "valid" (B, R) bool, "logits" (B, R, C + 1), "deltas" (B, R, C, 4)}."""
-        rpn_feature, roi_feature = self.features(images, sizes)
-        objectness, deltas = self.rpn(rpn_feature)
-        anchors = all_anchors(self.base_anchors, *rpn_feature.shape[-2:])
-        proposals, valid = self.proposals(objectness, deltas, anchors, sizes)
-        logits, deltas = self.predict(roi_feature, proposals)
-        return {"proposals": proposals, "valid": valid, "logits": logits.unflatten(0, valid.shape),
-                "deltas": deltas.unflatten(0, valid.shape)}
+        rpn_features, roi_features = self.features(images, sizes)
+        found = self.propose(rpn_features, sizes)
+        logits, deltas = self.predict(roi_features, found["proposals"])
+        return {"proposals": found["proposals"], "valid": found["valid"],
+                "logits": logits.unflatten(0, found["valid"].shape),
+                "deltas": deltas.unflatten(0, found["valid"].shape)}
 
     def candidates(self, outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`roi_candidates` of every image from the outputs of `network`; their shapes are fixed."""

@@ -14,6 +14,7 @@ from data import DataError, DetectionDataset
 
 # The twelve lines of pycocotools' summary.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+PROPOSALS = [100, 300, 1000]  # per image, of which `proposal_recall` takes the best
 VOC_IOU = 0.5  # a detection matches an object only above this IoU
 
 
@@ -154,6 +155,27 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
             values = values[values > -1]
             metrics[key][name] = float(values.mean()) if len(values) else None
     return metrics
+
+
+def proposal_recall(dataset: DetectionDataset, proposals: list[dict]) -> dict[str, float | None]:
+    """Share of the objects that proposals cover, a mean over the IoUs 0.5 to 0.95, whatever the class.
+
+    proposals: in COCO result format, best score first; their category is ignored. Prints and returns AR100,
+    AR300, AR1000 for the best proposals of each image, and ARs1000, ARm1000, ARl1000 for small, medium and
+    large objects. None where there is no object of that size.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _ground_truth(dataset)
+        evaluation = COCOeval(truth, truth.loadRes(proposals) if proposals else COCO(), "bbox")
+        evaluation.params.useCats, evaluation.params.maxDets = 0, PROPOSALS
+        evaluation.evaluate()
+        evaluation.accumulate()
+    recall = evaluation.eval["recall"].mean(axis=0)[0]  # area, number of proposals; -1 without objects
+    values = {f"AR{count}": recall[0, i] for i, count in enumerate(PROPOSALS)}
+    values |= {f"AR{size}{PROPOSALS[-1]}": recall[i, -1] for i, size in enumerate("sml", start=1)}
+    values = {name: float(value) if value > -1 else None for name, value in values.items()}
+    print("proposals: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
+    return values
 
 
 # ---------------------------------------------------------------------------------------------- VOC

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from defrcn import DeFRCN
-from faster_rcnn import ANCHOR_SIZES, ASPECT_RATIOS, POST_NMS_TOP_K, PRE_NMS_TOP_K, FasterRCNN
+from faster_rcnn import FasterRCNN
 from fcos import FCOS
 from fsaf import FSAF
 from runtime import AMP, autocast, memory_format
@@ -28,7 +28,7 @@ TORCHVISION = ("FCOS", "RetinaNet", "Faster R-CNN")
 MMDET = {"FCOS": "fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py",
          "RetinaNet": "retinanet/retinanet_r50_fpn_1x_coco.py",
          "FSAF": "fsaf/fsaf_r50_fpn_1x_coco.py",
-         "Faster R-CNN": "faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py"}
+         "Faster R-CNN": "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"}
 
 
 class Workload(NamedTuple):
@@ -87,27 +87,15 @@ def our_step(name: str, work: Workload, device: torch.device,
 
 def torchvision_model(name: str, min_size: int, max_size: int) -> torch.nn.Module:
     """torchvision's detector on ResNet-50, with the same layers frozen as ours."""
-    import torchvision
     from torchvision.models import detection
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-    if name != "Faster R-CNN":
-        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3,
-                                       returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
-        return getattr(detection, name)(backbone, CLASSES, min_size=min_size, max_size=max_size)
-    # torchvision has no Faster R-CNN on C4, the form of faster_rcnn.py, but all its parts.
-    body = torchvision.models.resnet50(weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
-    backbone = torch.nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool, body.layer1, body.layer2,
-                                   body.layer3)
-    backbone[:5].requires_grad_(False)
-    backbone.out_channels = 1024
-    return detection.FasterRCNN(
-        backbone, min_size=min_size, max_size=max_size,
-        rpn_anchor_generator=detection.rpn.AnchorGenerator((ANCHOR_SIZES,), (ASPECT_RATIOS,)),
-        rpn_pre_nms_top_n_train=PRE_NMS_TOP_K[0], rpn_post_nms_top_n_train=POST_NMS_TOP_K[0],
-        box_roi_pool=torchvision.ops.MultiScaleRoIAlign(["0"], 14, sampling_ratio=0),
-        box_head=torch.nn.Sequential(body.layer4, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
-        box_predictor=detection.faster_rcnn.FastRCNNPredictor(2048, CLASSES + 1))
+    if name == "Faster R-CNN":
+        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
+        return detection.FasterRCNN(backbone, CLASSES + 1, min_size=min_size, max_size=max_size)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3,
+                                   returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+    return getattr(detection, name)(backbone, CLASSES, min_size=min_size, max_size=max_size)
 
 
 def torchvision_step(name: str, work: Workload, device: torch.device) -> Callable:

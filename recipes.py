@@ -14,8 +14,8 @@ from backbone import ARCHITECTURES
 from checkpoint import MODEL_ARGS, read_checkpoint
 from data import MAX_WORKERS, layout
 from defrcn import POOL_SIZE, ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL, ROI_GRAD_SCALE_VOC, RPN_GRAD_SCALE
-from faster_rcnn import POOL_SIZE as POOL_SIZE_C4
-from faster_rcnn import POST_NMS_TOP_K, ROI_SAMPLES
+from faster_rcnn import POOL_SIZE as POOL_SIZE_FPN
+from faster_rcnn import POOL_SIZE_C4, POST_NMS_TOP_K, POST_NMS_TOP_K_C4, ROI_SAMPLES
 from fewshot import add_class_arguments
 from fewshot import schedule as few_shot_schedule
 from fsaf import EFFECTIVE_SCALE, IGNORE_SCALE, IGNORE_SCALE_JOINT
@@ -28,12 +28,12 @@ SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000
 
 # ---- sources of values; `resolve` has their order
 DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch": "free", "decouple": True,
-            "cosine": False, "backbone": "resnet50", "caffe": False, "fpn_channels": 256, "max_size": 1333,
-            "train_split": "train2017", "val_split": "val2017", "drop_empty": False, "use_difficult": False,
-            "generalized": False, "voc_split": 1, "pcb_weights": "resnet101", "schedule": "1x",
-            "batch_size": REFERENCE_BATCH, "amp": "off", "loss_scale": "dynamic", "compile": False,
-            "device": "auto", "seed": 0, "log_every": 20, "save_every": 1000, "keep": False, "no_eval": False,
-            "pictures": 8, "torchvision": False}
+            "fpn": True, "cosine": False, "backbone": "resnet50", "caffe": False, "fpn_channels": 256,
+            "max_size": 1333, "train_split": "train2017", "val_split": "val2017", "drop_empty": False,
+            "use_difficult": False, "generalized": False, "voc_split": 1, "pcb_weights": "resnet101",
+            "schedule": "1x", "batch_size": REFERENCE_BATCH, "amp": "off", "loss_scale": "dynamic",
+            "compile": False, "device": "auto", "seed": 0, "log_every": 20, "save_every": 1000, "keep": False,
+            "no_eval": False, "pictures": 8, "torchvision": False}
 # lr and weight_decay are for SGD. bias_lr and bias_decay multiply them for the biases of layers.
 RECIPES = {
     "fcos": {"lr": 0.01, "weight_decay": 1e-4, "bias_lr": 2.0, "bias_decay": 0.0, "clip": 35.0,
@@ -44,13 +44,16 @@ RECIPES = {
              "min_size": [800], "ignore_scale": IGNORE_SCALE},
     "defrcn": {"lr": 0.02, "weight_decay": 5e-5, "bias_lr": 1.0, "bias_decay": 2.0, "clip": 0.0,
                "warmup_steps": 1000, "warmup_factor": 1e-3, "norm": "frozen", "freeze_at": 3,
-               "min_size": [640, 672, 704, 736, 768, 800], "pool_size": POOL_SIZE,
-               "roi_samples": ROI_SAMPLES, "proposals": list(POST_NMS_TOP_K),
+               "min_size": [640, 672, 704, 736, 768, 800], "fpn": False, "pool_size": POOL_SIZE,
+               "roi_samples": ROI_SAMPLES, "proposals": list(POST_NMS_TOP_K_C4),
                "rpn_grad_scale": RPN_GRAD_SCALE, "roi_grad_scale": ROI_GRAD_SCALE_BASE},
+    "faster_rcnn": {"lr": 0.02, "weight_decay": 1e-4, "bias_lr": 1.0, "bias_decay": 1.0, "clip": 0.0,
+                    "warmup_steps": 500, "warmup_factor": 1 / 3, "norm": "frozen", "freeze_at": 2,
+                    "min_size": [800], "decouple": False, "pool_size": POOL_SIZE_FPN,
+                    "roi_samples": ROI_SAMPLES, "proposals": list(POST_NMS_TOP_K)},
 }
-RECIPES["faster_rcnn"] = {**RECIPES["defrcn"], "weight_decay": 1e-4, "bias_decay": 1.0, "freeze_at": 2,
-                          "pool_size": POOL_SIZE_C4, "decouple": False, "rpn_grad_scale": None,
-                          "roi_grad_scale": None}
+C4_FORM = {"warmup_steps": 1000, "warmup_factor": 1e-3, "min_size": [640, 672, 704, 736, 768, 800],
+           "pool_size": POOL_SIZE_C4, "proposals": list(POST_NMS_TOP_K_C4)}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0, "roi_grad_scale": ROI_GRAD_SCALE_NOVEL}
 FEW_SHOT_VOC = {"base": {"use_difficult": True},
                 "novel": {"use_difficult": True, "roi_grad_scale": ROI_GRAD_SCALE_VOC}}
@@ -74,7 +77,7 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     """The value of every argument, and where it comes from: two dicts with the same keys.
 
     The first source that has an argument decides it: command line, checkpoint, AdamW, random weights, shapes
-    in the novel stage, few-shot on VOC, novel stage, shapes, joint form, recipe of the model, default.
+    in the novel stage, few-shot on VOC, novel stage, shapes, joint or C4 form, recipe of the model, default.
     given: arguments on the command line. checkpoint: what --init or --resume names, or None. names: the names
     of all arguments.
     """
@@ -92,11 +95,13 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     is_voc = not value("train_json") and Path(data).is_dir() and layout(data) == "voc"
     novel = stage == "novel"
     joint = model == "fsaf" and value("fsaf_branch") == "both"
+    c4 = model == "faster_rcnn" and not value("fpn")
     layers += [("built-in shapes, novel stage", SHAPES_NOVEL if novel and is_shapes else {}),
                ("published recipe, few-shot on VOC", FEW_SHOT_VOC[stage] if stage and is_voc else {}),
                ("published recipe, novel stage", NOVEL_STAGE if novel else {}),
                ("built-in shapes", {**SHAPES, **SHAPES_MODEL[model]} if is_shapes else {}),
                ("paper's joint form", {"ignore_scale": IGNORE_SCALE_JOINT} if joint else {}),
+               ("published recipe of C4", C4_FORM if c4 else {}),
                (f"published recipe of {model}", RECIPES[model])]
     layers.append(("default", {**DEFAULTS, "weights": value("backbone"), "optimizer": "sgd",
                                "workers": min(4, max(1, (os.cpu_count() or 1) - 1)),
@@ -136,13 +141,14 @@ def make_parser(default) -> Parser:
     model("--ignore-scale", type=float,
           help="side of FSAF's ignore region in parts of the box's: 0.2, or 0.5 with both branches")
     model("--no-decouple", action="store_false", dest="decouple", help="DeFRCN without its decoupling")
+    model("--c4", action="store_false", dest="fpn", help="Faster R-CNN without FPN, on one feature map, C4")
     model("--cosine", action="store_true", help="TFA's cosine classifier in place of the linear one")
     model("--rpn-grad-scale", type=float, help="DeFRCN: share of RPN's gradient that reaches the backbone")
     model("--roi-grad-scale", type=float, help="DeFRCN: share of the RoI head's gradient that does so")
     model("--roi-samples", type=int, help="RoIs per image in training (default: 512; shapes: 32)")
-    model("--pool-size", type=int, help="grid of RoIAlign (default: 7, Detectron's C4: 14; shapes: 4)")
+    model("--pool-size", type=int, help="grid of RoIAlign (default: 7; --c4: 14; shapes: 4)")
     model("--proposals", type=int, nargs=2, metavar=("TRAIN", "TEST"),
-          help="proposals per image after NMS (default: 2000 1000; shapes: 200 100)")
+          help="proposals per image after NMS (default: 1000 1000; C4: 2000 1000; shapes: 200 100)")
     model("--backbone", choices=ARCHITECTURES, help="default: resnet50 (shapes: resnet18)")
     model("--weights", help="ImageNet weights: none, a file, or a backbone's name for torchvision's")
     model("--caffe", action="store_true", help="backbone of Detectron's files: stride on the first 1x1")
@@ -235,7 +241,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
 
 def run_name(args: dict) -> str:
     """Folder of a run under runs/: the model and its form, the few-shot stage."""
-    parts = [args["model"], {"anchor": "anchor", "both": "joint"}.get(args["fsaf_branch"]), args["stage"]]
+    c4 = "c4" if args["model"] == "faster_rcnn" and not args["fpn"] else None
+    parts = [args["model"], {"anchor": "anchor", "both": "joint"}.get(args["fsaf_branch"]), c4, args["stage"]]
     if args["stage"] == "novel":
         parts += ["all" if args["generalized"] else None, f"{args['shots']}shot", f"seed{args['seed']}"]
     return "_".join(filter(None, parts))
@@ -281,6 +288,8 @@ def _check(parser: Parser, args: argparse.Namespace):
             (novel != bool(args.shots), "--stage novel and --shots K belong together"),
             (novel and not (args.init or args.resume),
              "--stage novel fine-tunes: give the base stage's checkpoint with --init"),
+            (args.model not in ("faster_rcnn", "defrcn") and not args.fpn,
+             "--c4 is a form of Faster R-CNN: give --model faster_rcnn"),
             (args.model != "fcos" and args.original, "--original is a form of FCOS: give --model fcos"),
             (args.model != "fsaf" and (args.fsaf_branch != "free" or ignore_scale is not None),
              "--fsaf-joint, --fsaf-branch and --ignore-scale belong to --model fsaf"),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import defrcn_rules  # noqa: E402
+import frcnn_rules  # noqa: E402
 import rules  # noqa: E402
 
 from convert import rcnn_from_detectron2  # noqa: E402
@@ -141,10 +142,19 @@ def _recorded_weight(key, shape):
     return torch.from_numpy(defrcn_rules.weight(key, shape))
 
 
-def recorded_batch(which):
+def fpn_records():
+    """(numbers, arrays, {detectron2's key: weight}) recorded from detectron2's Faster R-CNN with FPN."""
+    numbers = json.loads((GOLDEN / "frcnn.json").read_text())
+    weights = {key: torch.from_numpy(frcnn_rules.weight(key, tuple(shape)))
+               for key, shape in numbers["keys"].items()}
+    return numbers, np.load(GOLDEN / "frcnn.npz"), weights
+
+
+def recorded_batch(which, size_divisor=1):
     """The recorded images (RGB) and objects under our tensor contract."""
     records = [defrcn_rules.batch()[i] for i in which]
-    height, width = (max(record[0].shape[axis] for record in records) for axis in (0, 1))
+    height, width = (-(-max(record[0].shape[axis] for record in records) // size_divisor) * size_divisor
+                     for axis in (0, 1))
     count = max(1, *(len(record[1]) for record in records), 1)
     images = torch.zeros(len(records), 3, height, width, dtype=torch.uint8)
     boxes, labels = torch.zeros(len(records), count, 4), torch.full((len(records), count), -1)
@@ -157,7 +167,7 @@ def recorded_batch(which):
 
 def assert_recorded_losses_and_gradients(model, weights, record):
     """Losses and gradient norms of a model that holds the recorded weights equal those of a recorded case."""
-    images, sizes, boxes, labels = recorded_batch(record["images"])
+    images, sizes, boxes, labels = recorded_batch(record["images"], model.size_divisor)
     losses = model.train()(images, sizes, boxes, torch.where(labels >= 0, labels % model.num_classes, labels))
     for ours, theirs in (("cls", "loss_cls"), ("box", "loss_box_reg"), ("rpn_cls", "loss_rpn_cls"),
                          ("rpn_box", "loss_rpn_loc")):
@@ -194,6 +204,8 @@ def small_batch(objects=(3, 0)):
 def small_two_stage(model=FasterRCNN, pool_size=7, **kwargs):
     """A small FasterRCNN or DeFRCN with weights from a fixed seed; a grid of 14 is four times slower."""
     torch.manual_seed(0)
+    if model is FasterRCNN:
+        kwargs.setdefault("fpn", False)
     model = model(3, "resnet18", norm="affine", freeze_at=0, caffe=False, pool_size=pool_size, roi_samples=16,
                   post_nms_top_k=(50, 20), sample_order=in_index_order, **kwargs)
     # Scores far from ties: rounding does not change the order of the proposals.

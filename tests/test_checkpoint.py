@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from checkpoint import build_model, load_init, load_model, read_checkpoint, save_checkpoint
-from convert import TorchvisionFCOS, TorchvisionRetinaNet
+from convert import TorchvisionFasterRCNN, TorchvisionFCOS, TorchvisionRetinaNet
 from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN
 from faster_rcnn import FasterRCNN
 from fcos import FCOS
@@ -16,7 +16,7 @@ ARGS = {"model": "fcos", "backbone": "resnet18", "caffe": False, "norm": "batch"
         "fpn_channels": 64, "original": False, "tower_bias": None, "torchvision": False,
         "fsaf_branch": "free", "ignore_scale": None, "decouple": True, "cosine": False, "rpn_grad_scale": 0.0,
         "roi_grad_scale": None, "pool_size": 4, "roi_samples": 32, "proposals": [200, 100], "stage": None}
-RCNN = {"model": "faster_rcnn", "decouple": False}
+RCNN = {"model": "faster_rcnn", "fpn": True, "decouple": False}
 MODELS = {
     "fcos": (FCOS, {}),
     "fcos original": (FCOS, {"original": True}),
@@ -31,6 +31,8 @@ MODELS = {
     "defrcn novel": (DeFRCN, {"model": "defrcn", "stage": "novel", "roi_grad_scale": 0.01}),
     "defrcn cosine": (DeFRCN, {"model": "defrcn", "cosine": True}),
     "faster_rcnn": (FasterRCNN, RCNN),
+    "faster_rcnn c4": (FasterRCNN, {**RCNN, "fpn": False}),
+    "faster_rcnn torchvision": (TorchvisionFasterRCNN, {**RCNN, "torchvision": True}),
     "faster_rcnn cosine": (FasterRCNN, {**RCNN, "cosine": True})}
 
 
@@ -138,7 +140,7 @@ def test_the_anchor_branch_gets_new_class_scores_as_well(tmp_path):
 
 @pytest.mark.parametrize("model", ["defrcn", "faster_rcnn"])
 def test_a_two_stage_detector_keeps_the_rows_of_common_classes(model, tmp_path, capsys):
-    args = ARGS | {"model": model, "decouple": model == "defrcn"}
+    args = ARGS | {"model": model, "fpn": True, "decouple": model == "defrcn"}
     old = saved(tmp_path / "old.pth", args)
     checkpoint = read_checkpoint(tmp_path / "old.pth")
     new = build_model(args, 2)

@@ -15,6 +15,7 @@ from helpers import GOLDEN
 
 import convert
 import evaluate
+from backbone import TORCHVISION_PIXELS
 from checkpoint import load_init, load_model, read_checkpoint
 from convert import fcos_from_mmdet, fsaf_from_mmdet, rcnn_from_detectron2
 from data import COCO_CLASSES, COCO_IDS, load_coco
@@ -160,6 +161,28 @@ def as_theirs(model, name, bgr=True, exact_norm=False, batches=False):
     return state
 
 
+def detectron2_fpn(key):
+    if key.startswith("backbone."):
+        return detectron2_resnet(key, "backbone.bottom_up.")
+    key = re.sub(r"^fpn\.(lateral|output)\.(\d)", lambda m: f"backbone.fpn_{m[1]}{int(m[2]) + 2}", key)
+    for ours, theirs in {"rpn.objectness": "rpn.objectness_logits", "rpn.deltas": "rpn.anchor_deltas",
+                         "predictor.deltas": "predictor.bbox_pred", "rpn.": "proposal_generator.rpn_head.",
+                         "box_head": "roi_heads.box_head", "predictor": "roi_heads.box_predictor"}.items():
+        key = key.replace(ours, theirs, 1)
+    return key
+
+
+def mmdetection_rcnn(key):
+    key = re.sub(r"^fpn\.(lateral|output)\.(\d)",
+                 lambda m: f"neck.{m[1].replace('output', 'fpn')}_convs.{m[2]}.conv", key)
+    for ours, theirs in {"rpn.objectness": "rpn.rpn_cls", "rpn.deltas": "rpn.rpn_reg",
+                         "rpn.conv": "rpn.rpn_conv", "box_head.fc1": "shared_fcs.0",
+                         "box_head.fc2": "shared_fcs.1", "predictor.cls_score": "fc_cls",
+                         "predictor.deltas": "fc_reg"}.items():
+        key = key.replace(ours, theirs)
+    return re.sub(r"^(shared_fcs|fc_)", r"roi_head.bbox_head.\1", re.sub(r"^rpn\.", "rpn_head.", key))
+
+
 CASES = {
     "AdelaiDet": (lambda: FCOS(7, caffe=True, **BASIC), adelaidet, {},
                   {"model": "fcos", "original": False, "caffe": True}),
@@ -167,8 +190,13 @@ CASES = {
                               {"exact_norm": True}, {"model": "fcos", "original": False, "caffe": True}),
     "DeFRCN": (lambda: DeFRCN(7, caffe=True, **BASIC), detectron2_c4, {},
                {"model": "defrcn", "decouple": True, "pool_size": 7, "cosine": False}),
-    "Faster R-CNN C4": (lambda: FasterRCNN(7, **BASIC), detectron2_c4, {},
-                        {"model": "faster_rcnn", "decouple": False, "pool_size": 14}),
+    "Faster R-CNN C4": (lambda: FasterRCNN(7, fpn=False, **BASIC), detectron2_c4, {},
+                        {"model": "faster_rcnn", "fpn": False, "decouple": False, "pool_size": 14}),
+    "Faster R-CNN of detectron2": (lambda: FasterRCNN(7, **BASIC), detectron2_fpn, {},
+                                   {"model": "faster_rcnn", "fpn": True, "pool_size": 7, "caffe": True}),
+    "Faster R-CNN of mmdetection": (lambda: FasterRCNN(7, caffe=False, **{**BASIC, "norm": "affine"}),
+                                    mmdetection_rcnn, {"bgr": False, "batches": True},
+                                    {"model": "faster_rcnn", "fpn": True, "caffe": False}),
     "FSAF of mmdetection": (lambda: FSAF(7, **{**BASIC, "norm": "affine"}), mmdetection,
                             {"bgr": False, "batches": True},
                             {"model": "fsaf", "fsaf_branch": "free", "caffe": False})}
@@ -179,6 +207,9 @@ def test_a_detector_is_recognised_and_detects_what_it_did(case, tmp_path):
     make, name, options, expected = CASES[case]
     torch.manual_seed(0)
     model = filled(make())
+    if case == "Faster R-CNN of mmdetection":
+        for name_, value in zip(("pixel_mean", "pixel_std"), TORCHVISION_PIXELS):
+            getattr(model, name_).copy_(torch.tensor(value).view(3, 1, 1))
     if case == "first FCOS repository":
         model.pixel_mean.copy_(torch.tensor([122.7717, 115.9465, 102.9801]).view(3, 1, 1))
     torch.save({"model": as_theirs(model, name, **options), "iteration": 90000}, tmp_path / "theirs.pth")
@@ -200,7 +231,7 @@ def test_the_first_form_of_the_first_repository_is_asked_for(tmp_path):
 
 def test_a_detectron2_pickle_is_read(tmp_path):
     torch.manual_seed(0)
-    model = filled(FasterRCNN(3, **BASIC))
+    model = filled(FasterRCNN(3, fpn=False, **BASIC))
     theirs = {key: value.numpy() for key, value in as_theirs(model, detectron2_c4).items()}
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"model": theirs, "__author__": "D2"}))
     loaded, info = load_model(tmp_path / "model_final.pkl")
@@ -244,7 +275,7 @@ def test_retinanet_of_mmdetection_loads_into_the_anchor_branch():
     (fcos_from_mmdet, {"a": torch.zeros(1)}, "not an FCOS of mmdetection: it has keys like .'a'"),
     (fsaf_from_mmdet, {"a": torch.zeros(1)}, "not an FSAF or RetinaNet"),
     (fsaf_from_mmdet, {"bbox_head.retina_reg.weight": torch.zeros(12, 1, 1, 1)}, "not an FSAF or RetinaNet"),
-    (rcnn_from_detectron2, {"fc.weight": torch.zeros(1)}, "not a Faster R-CNN C4")])
+    (rcnn_from_detectron2, {"fc.weight": torch.zeros(1)}, "not a Faster R-CNN of detectron2")])
 def test_a_reader_refuses_other_models(reader, state, complaint):
     with pytest.raises(WeightsError, match=complaint):
         reader(state)
@@ -252,7 +283,7 @@ def test_a_reader_refuses_other_models(reader, state, complaint):
 
 # ---------------------------------------------------------------------------- torchvision, against itself
 
-@pytest.mark.parametrize("which", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn"])
+@pytest.mark.parametrize("which", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn"])
 @torch.no_grad()
 def test_torchvisions_weights_give_torchvisions_detections(which, tmp_path):
     detection = pytest.importorskip("torchvision.models.detection")
@@ -261,17 +292,37 @@ def test_torchvisions_weights_give_torchvisions_detections(which, tmp_path):
     theirs = getattr(detection, which)(weights=None, weights_backbone=None, num_classes=5, min_size=height,
                                        max_size=width)
     filled(theirs)
-    theirs.head.regression_head.bbox_reg.bias += 1.5 if which.startswith("fcos") else 0
-    theirs.head.classification_head.cls_logits.bias += 2.5
+    if which.startswith("fasterrcnn"):
+        theirs.roi_heads.score_thresh = 0.02
+    else:
+        theirs.head.regression_head.bbox_reg.bias += 1.5 if which.startswith("fcos") else 0
+        theirs.head.classification_head.cls_logits.bias += 2.5
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     ours, info = load_model(tmp_path / "theirs.pth")
     assert info["args"]["torchvision"] and not info["args"]["caffe"]
+    if which.startswith("fasterrcnn"):
+        ours.score_threshold = 0.02
     image, batch, sizes = smooth_image(height, width)
     expected, found = theirs([image / 255])[0], ours(batch, sizes)[0]
     # Two rules differ: torchvision keeps boxes that clipping left empty, and RetinaNet's 300 best detections.
+    if which.startswith("fasterrcnn"):
+        expected["labels"] -= 1  # 0 is the background
     valid = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)
     assert min(int(valid.sum()), len(found["scores"])) > 90
     assert_matching(found, {key: value[valid] for key, value in expected.items()}, rtol=1e-5)
+
+
+def test_torchvisions_published_faster_rcnn_has_80_of_its_90_classes(tmp_path):
+    detection = pytest.importorskip("torchvision.models.detection")
+    theirs = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    read = read_checkpoint(tmp_path / "theirs.pth")
+    assert read["names"] == COCO_CLASSES and read["category_ids"] == COCO_IDS
+    layers = theirs.roi_heads.box_predictor
+    assert torch.equal(read["model"]["predictor.cls_score.bias"],
+                       layers.cls_score.bias[[*COCO_IDS, 0]])  # background last
+    assert torch.equal(read["model"]["predictor.deltas.bias"],
+                       layers.bbox_pred.bias.view(91, 4)[COCO_IDS].flatten())
 
 
 def test_torchvisions_published_files_have_no_epsilon(tmp_path, monkeypatch):

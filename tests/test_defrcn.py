@@ -68,7 +68,7 @@ def test_published_sizes_and_what_trains(golden):
     assert sum(p.numel() for p in base.parameters() if p.requires_grad) == trained
     assert sum(p.requires_grad for p in base.parameters()) == len(golden[0]["base_trainable"])
     assert sum(p.requires_grad for p in novel.parameters()) == len(golden[0]["fsod_trainable"])
-    with pytest.raises(WeightsError, match="not a Faster R-CNN C4"):
+    with pytest.raises(WeightsError, match="not a Faster R-CNN of detectron2"):
         rcnn_from_detectron2({"fc.weight": torch.zeros(1)})
 
 

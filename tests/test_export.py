@@ -30,6 +30,7 @@ MODELS = {
     "fsaf-anchor": lambda: FSAF(5, anchor_only=True, **SMALL),
     "defrcn": lambda: DeFRCN(5, **C4),
     "faster_rcnn": lambda: FasterRCNN(5, **C4),
+    "faster_rcnn c4": lambda: FasterRCNN(5, fpn=False, **C4),
 }
 HEIGHT, WIDTH = 96, 128
 
