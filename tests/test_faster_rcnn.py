@@ -170,8 +170,9 @@ def test_detections_with_fpn_equal_the_published_ones(golden_fpn):
     images, sizes, _, _ = recorded_batch([0, 1, 2], model.size_divisor)
     with torch.no_grad():
         found = {key: value.numpy() for key, value in model.eval()(images, sizes)[0].items()}
-    for case, zoom in (("faster_0", 1), ("faster_2x_0", 2)):  # in the size of the input and in twice that size
-        boxes, scores, classes = (arrays[f"detections/{case}_{key}"] for key in ("boxes", "scores", "classes"))
+    for case, zoom in (("faster_0", 1), ("faster_2x_0", 2)):  # at the size of the input, at twice that size
+        boxes, scores, classes = (arrays[f"detections/{case}_{key}"]
+                                  for key in ("boxes", "scores", "classes"))
         assert len(found["boxes"]) == len(boxes) == 100
         for box, score, label in zip(boxes, scores, classes):
             same = ((found["labels"] == label) & (np.abs(found["scores"] - score) < 1e-3)
@@ -196,7 +197,7 @@ def test_rois_are_pooled_from_their_own_level(use_torchvision, monkeypatch):
     corner = torch.rand(2, 12, 2, generator=generator) * 40
     side = 2 ** torch.linspace(4, 8.9, 24).view(2, 12, 1)
     rois = torch.cat((corner, corner + side), dim=2)
-    rois[1, -1] = 0  # a padding row
+    rois[0, 0] = 0  # a padding row
     pooled = pool_rois(features, rois, 7)
     levels = roi_levels(rois)
     assert set(levels.flatten().tolist()) == {0, 1, 2, 3}
