@@ -1,34 +1,42 @@
-"""Draw the boxes of a dataset, the targets that FCOS makes of them, or the levels that FSAF's objects select.
+"""Draw the boxes of a dataset, the targets that a detector makes of them, or the levels that a model chooses.
 
     python browse.py                                     the built-in shapes
     python browse.py --data coco --split train2017       COCO, VOC or your own data
     python browse.py --data coco --split val2017 --targets --min-size 800 --max-size 1333
-    python browse.py --levels runs/fsaf/last.pth
+    python browse.py --targets faster_rcnn
+    python browse.py --levels runs/fsaf/last.pth         or runs/faster_rcnn/last.pth
 
 It prints the class table and every problem in the data, and draws the first images into --out. With --targets
-an image becomes a row of panels, one per pyramid level. A dot is a positive point in the colour of the object
-that it learns. With --levels a box has the colour of the level on which its loss is smallest. Its dots are
-the points that learn it there.
+an image becomes a row of panels, one per pyramid level. A dot is a positive point of FCOS, or the centre of a
+positive anchor of Faster R-CNN's RPN, in the colour of the object that it learns. With --levels, an object of
+FSAF has the colour of the level on which its loss is smallest. Its dots are the points that learn it there.
+For Faster R-CNN, the best proposals are shown on the level whose features describe them.
 """
 from runtime import Parser, UserError, make_folder, run_main  # first: torch must not be imported before it
 
 # isort: split
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import faster_rcnn
+import fcos
 import fsaf
 from checkpoint import load_model
 from data import DetectionDataset, collate, load_sample
 from draw import class_colour, draw_box, enlarge, file_name
-from fcos import STRIDES, all_points, fcos_targets
-from fsaf import FSAF, NO_LOSS, level_losses, select_level
+from faster_rcnn import FasterRCNN, roi_levels
+from fsaf import FSAF, NO_LOSS, STRIDES, level_losses, select_level
+from ops import match_anchors
 from shapes import open_dataset
 
 PANEL = 400  # px, longer side of the panel of a level
 GAP = 4  # px between panels
+PROPOSALS = 30  # drawn per image
 SHAPES_SIZE, COCO_SIZE = (128, 128), (800, 1333)  # default --min-size, --max-size
 
 
@@ -44,32 +52,110 @@ def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
     return image
 
 
+class LevelTargets(NamedTuple):
+    """Positive places on one level, and the object that each of them learns."""
+    name: str
+    stride: int
+    count: int  # number of places on this level
+    points: np.ndarray  # (N, 2) px: a positive point, or the centre of a positive anchor
+    gt_index: list[int]  # (N,)
+    anchors: np.ndarray | None = None  # (N, 4) px
+
+
+def fcos_level_targets(height: int, width: int, boxes: torch.Tensor, labels: torch.Tensor,
+                       original: bool) -> list[LevelTargets]:
+    """Positive points of FCOS in an image of this size."""
+    shapes = [(-(-height // stride), -(-width // stride)) for stride in fcos.STRIDES]
+    points, strides, ranges = fcos.all_points(shapes)
+    _, _, gt_index = fcos.fcos_targets(points, strides, ranges, boxes, labels, original)
+    sizes = [h * w for h, w in shapes]
+    levels = zip(points.split(sizes), gt_index.split(sizes))
+    return [LevelTargets(f"P{i + 3}", fcos.STRIDES[i], sizes[i], at[index >= 0].numpy(),
+                         index[index >= 0].tolist()) for i, (at, index) in enumerate(levels)]
+
+
+def rpn_level_targets(height: int, width: int, boxes: torch.Tensor,
+                      labels: torch.Tensor) -> list[LevelTargets]:
+    """Positive anchors of Faster R-CNN's RPN with FPN, before sampling, in an image of this size."""
+    padded_height, padded_width = (-(-side // 32) * 32 for side in (height, width))
+    shapes = [(-(-padded_height // stride), -(-padded_width // stride)) for stride in faster_rcnn.STRIDES]
+    base = faster_rcnn.base_anchors()
+    anchors = faster_rcnn.all_anchors(base, shapes, faster_rcnn.STRIDES)
+    match = match_anchors(anchors, boxes, labels, faster_rcnn.RPN_FOREGROUND_IOU,
+                          faster_rcnn.RPN_BACKGROUND_IOU)
+    sizes = [h * w * base.shape[1] for h, w in shapes]
+    levels = zip(anchors.split(sizes), match.split(sizes))
+    return [LevelTargets(f"P{i + 2}", faster_rcnn.STRIDES[i], sizes[i],
+                         ((at[:, :2] + at[:, 2:]) / 2)[index >= 0].numpy(), index[index >= 0].tolist(),
+                         at[index >= 0].numpy()) for i, (at, index) in enumerate(levels)]
+
+
 def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size: int,
-                 original: bool) -> Image.Image:
-    """One image at network size, one panel per level: positive points of FCOS and their objects."""
+                 original: bool = False, model: str = "fcos") -> Image.Image:
+    """One image at network size, one panel per level: what is positive there, and the objects it learns.
+
+    original: targets of FCOS's original form. model: "fcos" (points) or "faster_rcnn" (anchors of the RPN).
+    """
     sample = load_sample(dataset, index, min_size, max_size)
     height, width = sample["image"].shape[:2]
     zoom = PANEL / max(height, width)
-    shapes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
-    points, strides, ranges = all_points(shapes)
-    boxes, labels = torch.from_numpy(sample["boxes"]), torch.from_numpy(sample["labels"])
-    _, _, gt_index = fcos_targets(points, strides, ranges, boxes, labels, original)
-    level_sizes = [h * w for h, w in shapes]
-    levels = zip(points.split(level_sizes), gt_index.split(level_sizes))
+    arguments = height, width, torch.from_numpy(sample["boxes"]), torch.from_numpy(sample["labels"])
+    levels = fcos_level_targets(*arguments, original) if model == "fcos" else rpn_level_targets(*arguments)
     image = Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom)))
-    row = Image.new("RGB", (len(shapes) * (image.width + GAP) - GAP, image.height), "white")
-    for level, (level_points, level_gt_index) in enumerate(levels):
-        panel = image.copy()
-        canvas = ImageDraw.Draw(panel)
-        positive = (level_gt_index >= 0).nonzero().squeeze(1).tolist()
-        for i in sorted(set(level_gt_index[positive].tolist())):
+    panels = []
+    for level in levels:
+        panels.append(image.copy())
+        canvas = ImageDraw.Draw(panels[-1])
+        for i in sorted(set(level.gt_index)):
             draw_box(canvas, sample["boxes"][i] * zoom, class_colour(i))
-        for i in positive:
-            _draw_dot(canvas, level_points[i] * zoom, STRIDES[level] * zoom / 5, int(level_gt_index[i]))
-        text = f"P{level + 3}, stride {STRIDES[level]}: {len(positive)} of {level_sizes[level]} points"
-        canvas.rectangle(canvas.textbbox((4, 4), text), fill="white")
-        canvas.text((4, 4), text, fill="black")
-        row.paste(panel, (level * (panel.width + GAP), 0))
+        for k, i in enumerate(level.gt_index):
+            if level.anchors is not None:
+                canvas.rectangle((level.anchors[k] * zoom).tolist(), outline=class_colour(i))
+            _draw_dot(canvas, level.points[k] * zoom, level.stride * zoom / 5, i)
+        what = "points" if level.anchors is None else "anchors"
+        _write(canvas, f"{level.name}, stride {level.stride}: {len(level.points)} of {level.count} {what}")
+    return _in_a_row(panels)
+
+
+@torch.no_grad()
+def draw_proposals(model: FasterRCNN, dataset: DetectionDataset, index: int, min_size: int,
+                   max_size: int) -> tuple[Image.Image, list[tuple[int, float]]]:
+    """One panel per level that RoIs read: the best proposals there, over the objects in white.
+
+    Of all proposals the best PROPOSALS are drawn. Returns also their (level, side in px) pairs.
+    """
+    sample = load_sample(dataset, index, min_size, max_size)
+    batch = collate([sample], model.size_divisor)
+    outputs = model.network(batch["images"], batch["sizes"])
+    proposals = outputs["proposals"][0][outputs["valid"][0]][:PROPOSALS]
+    levels = roi_levels(proposals).tolist()
+    height, width = sample["image"].shape[:2]
+    zoom = PANEL / max(height, width)
+    image = Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom)))
+    panels = []
+    for i in range(4):
+        panels.append(image.copy())
+        canvas = ImageDraw.Draw(panels[-1])
+        for box in sample["boxes"]:
+            draw_box(canvas, box * zoom, "white")
+        boxes = [box for box, level in zip(proposals.tolist(), levels) if level == i]
+        for box in boxes:
+            canvas.rectangle([side * zoom for side in box], outline=class_colour(i))
+        _write(canvas, f"P{i + 2}: {len(boxes)} of the best {len(proposals)} proposals")
+    sides = ((proposals[:, 2:] - proposals[:, :2]).prod(dim=1) ** 0.5).tolist()
+    return _in_a_row(panels), list(zip(levels, sides))
+
+
+def _write(canvas: ImageDraw.ImageDraw, text: str):
+    canvas.rectangle(canvas.textbbox((4, 4), text), fill="white")
+    canvas.text((4, 4), text, fill="black")
+
+
+def _in_a_row(panels: list[Image.Image]) -> Image.Image:
+    width, height = panels[0].size
+    row = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height), "white")
+    for i, panel in enumerate(panels):
+        row.paste(panel, (i * (width + GAP), 0))
     return row
 
 
@@ -102,22 +188,25 @@ def draw_levels(model: FSAF, dataset: DetectionDataset, index: int, min_size: in
             continue
         draw_box(canvas, box * zoom, class_colour(level), f"P{level + 3} {dataset.names[label]}")
         for point in points[level][gt_index[level] == i]:
-            _draw_dot(canvas, point * zoom, STRIDES[level] * zoom / 6, level)
+            _draw_dot(canvas, point.numpy() * zoom, STRIDES[level] * zoom / 6, level)
     return image, selected
 
 
-def _draw_dot(canvas: ImageDraw.ImageDraw, point: torch.Tensor, radius: float, label: int):
+def _draw_dot(canvas: ImageDraw.ImageDraw, point: np.ndarray, radius: float, label: int):
     x, y = point.tolist()
     radius = max(2, radius)
     canvas.ellipse((x - radius, y - radius, x + radius, y + radius), class_colour(label), "black")
 
 
-def level_table(selected: list[tuple[int, float]]) -> str:
-    """How many objects selected each level, and how large they are. selected: from `draw_levels`."""
+def level_table(selected: list[tuple[int, float]], names: list[str], what: str) -> str:
+    """How many objects or proposals belong to each level, and how large they are.
+
+    selected: from `draw_levels` or `draw_proposals`. names: of the levels.
+    """
     lines = []
-    for level in range(-1, len(STRIDES)):
+    for level in range(-1 if what == "objects" else 0, len(names)):
         sides = sorted(side for at, side in selected if at == level)
-        line = f"{f'P{level + 3}' if level >= 0 else 'no level'}: {len(sides)} objects"
+        line = f"{names[level] if level >= 0 else 'no level'}: {len(sides)} {what}"
         if sides:
             line += f", side {sides[0]:.0f} to {sides[-1]:.0f} px, median {sides[len(sides) // 2]:.0f}"
         lines.append(line)
@@ -132,9 +221,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", help="COCO-format file, instead of --data; needs --image-dir")
     parser.add_argument("--image-dir", help="folder with the images of --json")
     parser.add_argument("--count", type=int, default=8, help="draw the first N images")
-    parser.add_argument("--targets", action="store_true", help="draw FCOS's targets instead of the boxes")
+    parser.add_argument("--targets", nargs="?", const="fcos", choices=("fcos", "faster_rcnn"),
+                        help="draw the targets of this detector instead of the boxes (default: fcos)")
     parser.add_argument("--original", action="store_true", help="targets of the original form of FCOS")
-    parser.add_argument("--levels", metavar="CKPT", help="draw the levels that objects select in this FSAF")
+    parser.add_argument("--levels", metavar="CKPT", help="draw the levels that objects select in this FSAF, "
+                                                       "or the proposals of this Faster R-CNN")
     parser.add_argument("--min-size", type=int, help="short side at network size, for --targets and --levels "
                                                      "(default: the checkpoint's, 128 for shapes, else 800)")
     parser.add_argument("--max-size", type=int, help="limit of the long side "
@@ -155,9 +246,11 @@ def main():
     if args.levels:
         model, info = load_model(args.levels)
         trained, names = info["args"], info["names"]
-        if not isinstance(model, FSAF) or not model.head.anchor_free:
-            raise UserError(f"{args.levels}: --levels needs an FSAF with an anchor-free branch, but this is "
-                            f"--model {trained['model']} --fsaf-branch {trained.get('fsaf_branch')}")
+        if not (isinstance(model, FSAF) and model.head.anchor_free
+                or isinstance(model, FasterRCNN) and model.fpn is not None):
+            raise UserError(f"{args.levels}: --levels needs an FSAF with an anchor-free branch or a Faster "
+                            f"R-CNN with FPN, but this is --model {trained['model']} --fsaf-branch "
+                            f"{trained.get('fsaf_branch')}")
     is_shapes = args.data in (None, "shapes") and not args.json
     if trained and not (args.data or args.json):
         dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
@@ -176,16 +269,18 @@ def main():
     for index in range(count):
         path = args.out / file_name(dataset.image_ids[index])
         if args.targets:
-            image = draw_targets(dataset, index, min_size, max_size, args.original)
+            image = draw_targets(dataset, index, min_size, max_size, args.original, args.targets)
             image.save(f"{path}_targets.png")
         elif args.levels:
-            image, levels = draw_levels(model, dataset, index, min_size, max_size)
+            draw = draw_levels if isinstance(model, FSAF) else draw_proposals
+            image, levels = draw(model, dataset, index, min_size, max_size)
             image.save(f"{path}_levels.png")
             selected += levels
         else:
             draw_objects(dataset, index).save(f"{path}.png")
     if args.levels:
-        print(level_table(selected))
+        first, what = (3, "objects") if isinstance(model, FSAF) else (2, "proposals")
+        print(level_table(selected, [f"P{i}" for i in range(first, first + 5)], what))
     print(f"{count} drawings in {args.out}")
 
 

@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 
 import browse
-from browse import GAP, PANEL, draw_levels, draw_targets, level_table
+from browse import GAP, PANEL, draw_levels, draw_proposals, draw_targets, level_table, rpn_level_targets
 from draw import class_colour
+from faster_rcnn import FasterRCNN
 from fsaf import FSAF
+from ops import pairwise_iou
 from shapes import open_dataset
 
 
@@ -33,6 +35,33 @@ def test_each_level_has_a_panel_and_dots_only_where_points_are_positive():
         assert below_the_text.any() == dotted
 
 
+def test_positive_anchors_are_those_of_the_losses():
+    dataset = open_dataset("shapes", "val")
+    boxes, labels = torch.tensor([[10.0, 12.0, 44.0, 41.0], [0.0, 0.0, 125.0, 120.0]]), torch.tensor([0, 3])
+    levels = rpn_level_targets(128, 120, boxes, labels)
+    assert [level.name for level in levels] == ["P2", "P3", "P4", "P5", "P6"]
+    assert [level.count for level in levels] == [3 * 32 * 32, 3 * 16 * 16, 3 * 8 * 8, 3 * 4 * 4, 3 * 2 * 2]
+    for i, level in enumerate(levels):
+        assert (set(level.gt_index) == {0}) == (i == 0) and (set(level.gt_index) == {1}) == (i == 2)
+    iou = pairwise_iou(boxes[:1], torch.from_numpy(levels[0].anchors))
+    assert iou.max() > 0.5 and len(levels[0].points) == len(levels[0].gt_index) == len(levels[0].anchors)
+    image = draw_targets(dataset, 0, 128, 128, model="faster_rcnn")
+    panel = round(dataset.sizes[0][1] * PANEL / max(dataset.sizes[0]))
+    assert image.width == 5 * panel + 4 * GAP
+
+
+def test_proposals_are_drawn_on_the_level_that_they_read():
+    dataset = open_dataset("shapes", "val")
+    torch.manual_seed(0)
+    model = FasterRCNN(8, "resnet18", caffe=False, fpn_channels=32, post_nms_top_k=(50, 40)).eval()
+    image, drawn = draw_proposals(model, dataset, 0, 128, 128)
+    assert len(drawn) == browse.PROPOSALS
+    for level, side in drawn:
+        assert level == min(3, max(0, math.floor(math.log2(side / 224) + 2)))
+    for level in {level for level, _ in drawn}:
+        assert (np.asarray(image) == class_colour(level)).all(-1).any()
+
+
 def test_an_object_has_the_colour_of_the_level_that_predicts_it_best():
     dataset = open_dataset("shapes", "val")
     model = FSAF(8, "resnet18", fpn_channels=64).eval()
@@ -52,7 +81,8 @@ def test_an_object_has_the_colour_of_the_level_that_predicts_it_best():
 
 
 def test_the_table_counts_objects_of_every_level():
-    lines = level_table([(0, 10.0), (0, 30.0), (0, 20.0), (-1, 4.0)]).splitlines()
+    names = ["P3", "P4", "P5", "P6", "P7"]
+    lines = level_table([(0, 10.0), (0, 30.0), (0, 20.0), (-1, 4.0)], names, "objects").splitlines()
     assert lines[:3] == ["no level: 1 objects, side 4 to 4 px, median 4",
                          "P3: 3 objects, side 10 to 30 px, median 20", "P4: 0 objects"]
     assert len(lines) == 6
