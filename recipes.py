@@ -24,7 +24,9 @@ from weights import WeightsError
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it
 # Steps at the reference batch, and the steps where the lr drops to a tenth (Detectron's model zoo).
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
-             "s1x": (130_000, (100_000, 120_000))}
+             "3x": (270_000, (210_000, 250_000)),  # detectron2's
+             "s1x": (130_000, (100_000, 120_000)),
+             "tutorial": (7_500, (3_750, 5_000))}  # Detectron's: 60,000 steps of 2 images
 
 # ---- sources of values; `resolve` has their order
 DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch": "free", "decouple": True,
