@@ -93,6 +93,16 @@ def test_every_image_is_counted_once_by_any_number_of_ranks(trained, script, tmp
     assert results[0] == results[1] == results[2] != []
 
 
+def test_recall_of_proposals(in_process, mistake, trained, tmp_path):
+    train_small(tmp_path / "rcnn", "--model", "faster_rcnn", "--max-steps", 2, "--batch-size", 2)
+    out = in_process(evaluate.main, "--ckpt", "rcnn/last.pth", "--proposals-recall", "--workers", 0)
+    recall = json.loads((tmp_path / "rcnn" / "proposals_recall.json").read_text())
+    assert 0 < recall["AR100"] == recall["AR1000"] and f"AR100 {recall['AR100']:.4f}" in out
+    assert not (tmp_path / "rcnn" / "metrics.json").exists()
+    line = mistake(evaluate.main, "--ckpt", trained, "--proposals-recall", "--out", "x")
+    assert "--proposals-recall is for two-stage detectors" in line
+
+
 def test_a_folder_of_images_is_drawn(trained, in_process, tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("one.png", "two.jpg"):

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import DataError, DetectionDataset
-from metrics import METRICS, group_means, read_results, score, shown, voc_ap50
+from metrics import METRICS, group_means, proposal_recall, read_results, score, shown, voc_ap50
 from shapes import open_dataset
 
 
@@ -44,6 +44,24 @@ def test_classes_without_objects_are_not_counted():
     metrics = score(dataset_of([[10, 10, 30, 30]], [0], [0]), [found(11, [10, 10, 30, 30], 0.9)])
     assert metrics["per_class"] == {"a": pytest.approx(1.0), "b": None}
     assert metrics["AP"] == pytest.approx(1.0)
+
+
+def test_recall_of_proposals_by_hand():
+    boxes = [[10, 10, 30, 30], [40, 40, 90, 90], [0, 0, 99, 99]]  # small, medium, large, of both classes
+    dataset = dataset_of(boxes, [0, 1, 0], [0, 0, 1])
+    proposals = [found(11, [10, 10, 30, 30], 0.9, 90), found(11, [40, 40, 90, 80], 0.8)]  # IoU 1 and 0.8
+    proposals += [found(12, [i, 0, i + 1, 1], 1 - i / 1000) for i in range(99)]
+    recall = proposal_recall(dataset, proposals + [found(12, [0, 0, 99, 99], 0.1)])
+    # IoUs 0.5 to 0.95: the small object is found at 10 of 10, the medium one at 7, the large one at 10.
+    assert recall["ARs1000"] == pytest.approx(1.0) and recall["ARm1000"] == pytest.approx(0.7)
+    assert recall["ARl1000"] == pytest.approx(1.0)
+    assert recall["AR100"] == recall["AR1000"] == pytest.approx(2.7 / 3)
+    crowded = proposals + [found(12, [i, 2, i + 1, 3], 0.5) for i in range(9)]
+    recall = proposal_recall(dataset, crowded + [found(12, [0, 0, 99, 99], 0.1)])
+    assert recall["AR100"] == pytest.approx(1.7 / 3)  # the large object has only the 109th place
+    assert recall["AR300"] == pytest.approx(2.7 / 3)
+    assert proposal_recall(dataset, [])["AR1000"] == 0
+    assert proposal_recall(dataset_of([], [], []), [])["AR100"] is None
 
 
 def test_category_order_of_the_model_does_not_mix_up_classes():

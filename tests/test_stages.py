@@ -60,6 +60,17 @@ def test_a_converted_checkpoint_keeps_the_base_rows(base, in_process, tmp_path):
     assert torch.equal(new["model"][weight][-1], old["model"][weight][-1])
 
 
+@pytest.mark.slow
+def test_the_form_with_fpn_is_fine_tuned(in_process, tmp_path):
+    words = ("--model", "faster_rcnn", "--cosine", *TINY[11:], "--batch-size", 2, "--max-steps", 2)
+    assert "base stage" in train_small(tmp_path / "base", *words, "--stage", "base")
+    out = in_process(train.main, *words, "--stage", "novel", "--generalized", "--shots", 1, "--init",
+                     "base/last.pth", "--device", "cpu", "--workers", 0, "--pictures", 0, "--out", "novel")
+    assert "keeps the rows of disc, square, triangle, star, cross, ring, background" in out and "nAP" in out
+    checkpoint = torch.load(tmp_path / "novel" / "last.pth", weights_only=True)
+    assert checkpoint["args"]["fpn"] and "box_head.fc1.weight" in checkpoint["model"]
+
+
 def test_only_two_stage_checkpoints_are_converted(mistake, tmp_path):
     torch.save({"model": {}, "args": {"model": "fcos"}, "names": ["a"], "category_ids": [1], "step": 1},
                tmp_path / "fcos.pth")
