@@ -10,7 +10,7 @@ It prints the class table and every problem in the data, and draws the first ima
 an image becomes a row of panels, one per pyramid level. A dot is a positive point of FCOS, or the centre of a
 positive anchor of Faster R-CNN's RPN, in the colour of the object that it learns. With --levels, an object of
 FSAF has the colour of the level on which its loss is smallest. Its dots are the points that learn it there.
-For Faster R-CNN, the best proposals are shown on the level whose features describe them.
+Of Faster R-CNN, the best proposals of every level are drawn.
 """
 from runtime import Parser, UserError, make_folder, run_main  # first: torch must not be imported before it
 
@@ -29,14 +29,14 @@ import fsaf
 from checkpoint import load_model
 from data import DetectionDataset, collate, load_sample
 from draw import class_colour, draw_box, enlarge, file_name
-from faster_rcnn import FasterRCNN, roi_levels
+from faster_rcnn import FasterRCNN, rpn_proposals
 from fsaf import FSAF, NO_LOSS, STRIDES, level_losses, select_level
 from ops import match_anchors
 from shapes import open_dataset
 
 PANEL = 400  # px, longer side of the panel of a level
 GAP = 4  # px between panels
-PROPOSALS = 30  # drawn per image
+PROPOSALS = 10  # drawn per level
 SHAPES_SIZE, COCO_SIZE = (128, 128), (800, 1333)  # default --min-size, --max-size
 
 
@@ -120,30 +120,34 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
 @torch.no_grad()
 def draw_proposals(model: FasterRCNN, dataset: DetectionDataset, index: int, min_size: int,
                    max_size: int) -> tuple[Image.Image, list[tuple[int, float]]]:
-    """One panel per level that RoIs read: the best proposals there, over the objects in white.
+    """One panel per level with its best PROPOSALS proposals, over the objects in white.
 
-    Of all proposals the best PROPOSALS are drawn. Returns also their (level, side in px) pairs.
+    Returns also the (level, side in px) pairs of the proposals. side: root of the area at network size.
     """
     sample = load_sample(dataset, index, min_size, max_size)
     batch = collate([sample], model.size_divisor)
-    outputs = model.network(batch["images"], batch["sizes"])
-    proposals = outputs["proposals"][0][outputs["valid"][0]][:PROPOSALS]
-    levels = roi_levels(proposals).tolist()
+    features, _ = model.features(batch["images"], batch["sizes"])
+    found = model.propose(features, batch["sizes"])
+    per_cell = model.base_anchors.shape[1]
+    level_sizes = [feature.shape[-2] * feature.shape[-1] * per_cell for feature in features]
+    levels = zip(found["anchors"].split(level_sizes), found["objectness"][0].split(level_sizes),
+                 found["deltas"][0].split(level_sizes))
     height, width = sample["image"].shape[:2]
     zoom = PANEL / max(height, width)
     image = Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom)))
-    panels = []
-    for i in range(4):
+    panels, drawn = [], []
+    for i, (anchors, objectness, deltas) in enumerate(levels):
+        boxes, valid = rpn_proposals(objectness, deltas, anchors, batch["sizes"][0], [len(anchors)],
+                                     model.pre_nms_top_k[1], PROPOSALS)
         panels.append(image.copy())
         canvas = ImageDraw.Draw(panels[-1])
         for box in sample["boxes"]:
             draw_box(canvas, box * zoom, "white")
-        boxes = [box for box, level in zip(proposals.tolist(), levels) if level == i]
-        for box in boxes:
+        for box in boxes[valid].tolist():
             canvas.rectangle([side * zoom for side in box], outline=class_colour(i))
-        _write(canvas, f"P{i + 2}: {len(boxes)} of the best {len(proposals)} proposals")
-    sides = ((proposals[:, 2:] - proposals[:, :2]).prod(dim=1) ** 0.5).tolist()
-    return _in_a_row(panels), list(zip(levels, sides))
+            drawn.append((i, ((box[2] - box[0]) * (box[3] - box[1])) ** 0.5))
+        _write(canvas, f"P{i + 2}: its best {int(valid.sum())} proposals")
+    return _in_a_row(panels), drawn
 
 
 def _write(canvas: ImageDraw.ImageDraw, text: str):

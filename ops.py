@@ -274,9 +274,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
     """Class-wise `nms`: boxes suppress only boxes of their own class. labels: (N,) int64."""
     operators = _torchvision_nms(boxes)
     if operators:
-        if boxes.numel():  # torchvision separates classes by an offset that needs coordinates >= 0
-            boxes = boxes.float() - boxes.float().min().clamp(max=0)
-        return operators.batched_nms(boxes.float(), scores.float(), labels, iou_threshold)[:limit]
+        boxes = boxes.float()
+        if boxes.numel():  # every class gets a place of its own, so that one NMS does for all
+            boxes = boxes - boxes.min()
+            boxes = boxes + (labels * (boxes.max() + 1))[:, None]
+        return operators.nms(boxes, scores.float(), iou_threshold)[:limit]
     return nms_plain(boxes, scores, iou_threshold, labels, limit)
 
 
