@@ -219,9 +219,13 @@ class FPN(nn.Module):
 def normalise_images(images: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(images - mean) / std, and zeros outside each image.
 
-    images: (B, 3, H, W) uint8 or float RGB; sizes: (B, 2) height and width of each image without padding, px;
-    mean, std: (3, 1, 1). Returns (B, 3, H, W) float32.
+    images: (B, 3, H, W) uint8 RGB; sizes: (B, 2) height and width of each image without padding, px;
+    mean, std: (3, 1, 1). Returns (B, 3, H, W) float32. Raises ValueError for other types or shapes: images in
+    0..1, or without a batch axis, would only be detected badly.
     """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or sizes.ndim != 2:
+        raise ValueError(f"images must be (B, 3, H, W) uint8, RGB in 0..255, with sizes (B, 2); these are "
+                         f"{tuple(images.shape)} {images.dtype} with sizes {tuple(sizes.shape)}")
     # Published models were trained on images padded after normalising: padding is 0, not -mean / std.
     rows = torch.arange(images.shape[-2], device=images.device)[None, :] < sizes[:, :1]
     columns = torch.arange(images.shape[-1], device=images.device)[None, :] < sizes[:, 1:]

@@ -432,12 +432,18 @@ def read_image(path: str, size: tuple[int, int] | None = None, shrink: float = 1
             image.load()
             if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by 90 degrees
                 width, height = height, width
-            image = ImageOps.exif_transpose(image)
+            image = upright_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
     if size not in (None, (height, width)):
         raise DataError(f"{path}: the image is {width} x {height} (EXIF orientation applied), but its "
                         f"annotation says {size[1]} x {size[0]}, so its boxes cannot be placed")
+    return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image of any mode as upright RGB (EXIF orientation applied)."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits, which Pillow would cut at 255
         pixels = np.asarray(image, np.float32)
         pixels = pixels / 257 if pixels.max() > 255 else pixels
@@ -572,7 +578,13 @@ class TrainSamples(Dataset):
         self.dataset, self.min_sizes, self.max_size = dataset, list(min_sizes), max_size
         self.flip, self.use_difficult, self.seed = flip, use_difficult, seed
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
+        if not isinstance(key, tuple):
+            raise DataError("TrainSamples takes (epoch, index): give its DataLoader "
+                            "batch_sampler=TrainBatchSampler(...) and collate_fn=collate")
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         min_size = self.min_sizes[rng.integers(len(self.min_sizes))]

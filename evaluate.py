@@ -33,7 +33,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from checkpoint import load_model
@@ -46,6 +48,10 @@ from data import (
     collate,
     death_of_a_loader,
     image_folder,
+    load_sample,
+    resize,
+    resized_shape,
+    upright_rgb,
 )
 from draw import draw_detections
 from faster_rcnn import FasterRCNN
@@ -256,6 +262,36 @@ def _class_names_of_data(ckpt: str, names: list[str], dataset: DetectionDataset)
                         f"{len(dataset.names)}. Name the classes of the checkpoint, in its order, with "
                         f"--classes")
     return dataset.names
+
+
+@torch.inference_mode()
+def detect_image(model: torch.nn.Module, info: dict, image: str | Path | Image.Image) -> list[dict]:
+    """Detections in one image, which is prepared as `detect` prepares it.
+
+    model, info: from `load_model`. image: a file, or a Pillow image of any mode.
+    Returns {"name", "score", "box": [x1, y1, x2, y2] px of the upright image} of each, best score first.
+    Raises DataError for a file that is missing or broken, TypeError for anything else.
+    """
+    min_size, max_size = max(info["args"]["min_size"]), info["args"]["max_size"]
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise DataError(f"{image}: there is no such image file")
+        dataset = image_folder(Path(image), info["names"], info["category_ids"])
+        sample = load_sample(dataset, 0, min_size, max_size)
+    elif isinstance(image, Image.Image):
+        image = upright_rgb(image)
+        shape = resized_shape(image.height, image.width, min_size, max_size)
+        sample = {"image": resize(np.array(image), *shape), "original_size": image.size[::-1], "image_id": 0,
+                  "index": 0, "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
+    else:
+        raise TypeError(f"detect_image takes a path or a Pillow image (for an RGB array: "
+                        f"Image.fromarray(array)), not {type(image).__name__}")
+    batch = collate([sample], model.size_divisor)
+    device = model.pixel_mean.device
+    found = model(batch["images"].to(device), batch["sizes"].to(device))[0]
+    scale = (batch["original_sizes"][0] / batch["sizes"][0]).flip(0).repeat(2)  # of x and y
+    return [{"name": info["names"][label], "score": score, "box": box} for box, score, label in
+            zip((found["boxes"].cpu() * scale).tolist(), found["scores"].tolist(), found["labels"].tolist())]
 
 
 def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place, out: Path,

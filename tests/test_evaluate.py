@@ -1,14 +1,15 @@
 """evaluate.py: checkpoints, the detection loop, and the command itself."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import train_small
 from PIL import Image
 
 import evaluate
-from data import DetectionDataset
-from evaluate import EvalSettings, detect, load_model
+from data import DataError, DetectionDataset
+from evaluate import EvalSettings, detect, detect_image, load_model
 from metrics import METRICS, read_results
 from runtime import Place
 from shapes import open_dataset
@@ -91,6 +92,30 @@ def test_every_image_is_counted_once_by_any_number_of_ranks(trained, script, tmp
         assert code == 0, err
         results.append(json.loads((tmp_path / "out" / "detections.json").read_text()))
     assert results[0] == results[1] == results[2] != []
+
+
+def test_one_image_in_python_is_detected_as_by_the_command(in_process, trained, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo = Image.effect_noise((300, 200), 90).convert("RGB")
+    photo.getexif()[274] = 6  # to be turned by 90 degrees
+    photo.save(tmp_path / "photos" / "a.png", exif=photo.getexif())
+    in_process(evaluate.main, "--ckpt", trained, "--images", "photos", "--out", "out",
+               "--score-threshold", 0.01)
+    expected = json.loads((tmp_path / "out" / "detections.json").read_text())
+    model, info = load_model(trained)
+    model.score_threshold = 0.01
+    for image in (tmp_path / "photos" / "a.png", str(tmp_path / "photos" / "a.png"), Image.open(
+            tmp_path / "photos" / "a.png")):
+        found = detect_image(model, info, image)
+        assert len(found) == len(expected) > 0
+        for ours, theirs in zip(found, expected):
+            x, y, w, h = theirs["bbox"]
+            assert ours["box"] == pytest.approx([x, y, x + w, y + h], abs=2e-3)
+            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6) and ours["name"] in info["names"]
+    with pytest.raises(TypeError, match="a path or a Pillow image.*not ndarray"):
+        detect_image(model, info, np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match="b.jpg: there is no such image file"):
+        detect_image(model, info, tmp_path / "b.jpg")
 
 
 def test_recall_of_proposals(in_process, mistake, trained, tmp_path):

@@ -184,7 +184,6 @@ def test_python_example_detects(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (500, 250), "green").save("photo.jpg")
     names = {}
     exec(re.search(r"```python\n(.*?)```", section("Detect on your own photos"), re.DOTALL)[1], names)
-    assert names["size"] == (64, 128) and names["image"].shape == (3, 64, 128)
     lines = capsys.readouterr().out.splitlines()
     boxes = [re.fullmatch(r"(?:cat|dog) 0\.\d\d \[(.*)\]", line)[1].split(", ") for line in lines]
     assert boxes and all(0 <= float(x) <= 500 for box in boxes for x in box[::2])
