@@ -3,6 +3,7 @@
 A class is a label 0..C-1. A box is (x1, y1, x2, y2) in pixels and x2 - x1 wide. Category ids and other box
 conventions exist only in this file and in the files that are written out.
 """
+import glob
 import json
 import math
 import mmap
@@ -12,7 +13,9 @@ import re
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -183,15 +186,67 @@ def open_folder(data: str, split: str, json_path: str | None = None, image_dir: 
                        root / EXTRA_COCO_SPLITS.get(part, part)) for part in split.split("+")], names)
 
 
-def image_folder(path: Path, names: list[str], category_ids: list[int]) -> DetectionDataset:
-    """Images without annotations, from a folder or a single file. The image ids are the file names."""
-    files = [path] if path.is_file() else path.glob("*")
-    paths = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise DataError(f"{path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    sizes = [read_image(str(p)).size[::-1] for p in paths]
-    return DetectionDataset(names, category_ids, image_ids=[p.name for p in paths], paths=paths, sizes=sizes,
-                            boxes=[], classes=[], image_index=[])
+def image_folder(patterns: Path | list[str], names: list[str], category_ids: list[int],
+                 progress: Callable | None = None) -> DetectionDataset:
+    """Images without annotations, from files, folders with their subfolders, and glob patterns.
+
+    The image ids are the paths below the folder, or the file names; paths of several folders that would have
+    the same id keep the folder too. Images that cannot be read are left out, with a line in `notes` for each.
+    progress: see `check_images`. Raises DataError if there is no image that can be read.
+    """
+    patterns = [patterns] if isinstance(patterns, Path) else patterns
+    files = {}  # path: id
+    for pattern in map(Path, patterns):
+        if pattern.exists():
+            found = [pattern] if pattern.is_file() else pattern.rglob("*")
+            root = pattern.parent if pattern.is_file() else pattern
+        else:
+            found, root = [Path(match) for match in glob.glob(str(pattern), recursive=True)], None
+            if not found:
+                raise DataError(f"{pattern}: no images: there is no such file or folder, and no file fits it "
+                                f"as a pattern")
+        files |= {path: path.relative_to(root or path.parent) for path in found
+                  if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()}
+    if not files:
+        raise DataError(f"{', '.join(map(str, patterns))}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    paths = sorted(files)
+    same = {name for name, count in Counter(files.values()).items() if count > 1}
+    ids = [str(path if files[path] in same else files[path]) for path in paths]
+    sizes, broken = check_images([str(path) for path in paths], progress=progress)
+    good = [i for i in range(len(paths)) if i not in broken]
+    if not good:
+        raise DataError(f"none of the {len(paths)} images can be read, the first: {broken[0]}")
+    dataset = DetectionDataset(names, category_ids, image_ids=[ids[i] for i in good],
+                               paths=[paths[i] for i in good], sizes=[sizes[i] for i in good], boxes=[],
+                               classes=[], image_index=[])
+    dataset.notes += [f"skipped: {message}" for message in broken.values()]
+    return dataset
+
+
+def check_images(paths: list[str], sizes: list[tuple[int, int]] | None = None,
+                 progress: Callable | None = None) -> tuple[list[tuple[int, int] | None], dict[int, str]]:
+    """Decodes every image, in parallel: {index: what is wrong} of those that cannot be read.
+
+    sizes: (height, width) that the images must have. progress: such as `runlog.Progress`.
+    Returns also (height, width) of the images, None for a broken one.
+    """
+    def check(i: int) -> tuple[int, int] | str:
+        try:
+            if sizes is None:
+                return read_image(paths[i]).size[::-1]
+            read_image(paths[i], tuple(sizes[i]), shrink=8)  # reads a JPEG whole, but decodes it smaller
+            return tuple(sizes[i])
+        except DataError as error:
+            return str(error)
+
+    found, shown = [], progress("reading", len(paths)) if progress else None
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        for result in pool.imap(check, range(len(paths))):
+            found.append(result)
+            if shown:
+                shown.add(1)
+    broken = {i: result for i, result in enumerate(found) if isinstance(result, str)}
+    return [None if i in broken else size for i, size in enumerate(found)], broken
 
 
 def _refuse_duplicates(values: list, what: str, source):

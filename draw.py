@@ -11,25 +11,28 @@ ENLARGED = 512  # px; smaller images are drawn at a multiple of their size that 
 GOLDEN_ANGLE = 0.381966  # as a fraction of the colour wheel
 
 
+DRAW_THRESHOLD = 0.2  # detections with a lower score are not drawn
+
+
 def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path, count: int,
-                    threshold: float = 0.2):
+                    threshold: float = DRAW_THRESHOLD):
     """Draws the first `count` images of the dataset into `folder`, which is made if needed.
 
-    Objects are thin and white. Detections with a score of at least `threshold` have the colour of their class
-    and show its name and the score. results: COCO result format.
+    Objects are white. Detections with a score of at least `threshold` have the colour of their class and show
+    its name and the score. results: COCO result format. Two image ids never share a file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     label_of = dataset.label_of_category()
-    by_image = {}
+    by_image, used = {}, set()
     for result in results:
         if result["score"] >= threshold:
             by_image.setdefault(result["image_id"], []).append(result)
     for i in range(min(count, len(dataset))):
         image, zoom = enlarge(dataset.image(i))
         canvas = ImageDraw.Draw(image)
-        for box in (dataset.boxes[dataset.box_slice(i)] * zoom).tolist():
-            canvas.rectangle(box, outline="black", width=3)
-            canvas.rectangle(box, outline="white", width=1)
+        for x1, y1, x2, y2 in (dataset.boxes[dataset.box_slice(i)] * zoom).tolist():
+            canvas.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=4)
+            canvas.rectangle((x1, y1, x2, y2), outline="white", width=2)
         image_id = dataset.image_ids[i].item()
         # The best comes last, on top: where two classes overlap, the better one stays legible.
         for result in sorted(by_image.get(image_id, []), key=lambda r: r["score"]):
@@ -37,7 +40,11 @@ def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path
             x, y, w, h = (v * zoom for v in result["bbox"])
             draw_box(canvas, (x, y, x + w, y + h), class_colour(label),
                      f"{dataset.names[label]} {result['score']:.2f}")
-        image.save(folder / f"{file_name(image_id)}{'.png' if zoom > 1 else '.jpg'}")
+        name, suffix = file_name(image_id), ".png" if zoom > 1 else ".jpg"
+        while (key := f"{name}{suffix}".lower()) in used:  # "a/b" and "a_b", or "A" and "a"
+            name += "_"
+        used.add(key)
+        image.save(folder / f"{name}{suffix}")
 
 
 def draw_box(canvas: ImageDraw.ImageDraw, box, colour, text: str = ""):

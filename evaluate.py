@@ -53,11 +53,12 @@ from data import (
     resized_shape,
     upright_rgb,
 )
-from draw import draw_detections
+from draw import DRAW_THRESHOLD, draw_detections
 from faster_rcnn import FasterRCNN
 from fewshot import checkpoint_scoring
 from metrics import ClassGroups, group_means, proposal_recall, read_results, score, shown
 from ops import nms
+from runlog import Progress
 from shapes import open_dataset
 from subsets import select_classes
 
@@ -71,6 +72,7 @@ class EvalSettings(NamedTuple):
     amp: torch.dtype | None = None
     pad_to: tuple[int, int] | None = None  # one fixed network input size (height, width)
     pictures: int = 8  # how many images are drawn
+    draw_threshold: float = DRAW_THRESHOLD
 
 
 # ---------------------------------------------------------------------------------------------- detections
@@ -108,6 +110,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
         seconds[phase] += now - clock
         clock = now
 
+    progress = Progress("detecting in", len(dataset))
     for batch in loader:
         lap("loading")
         images = batch["images"].to(device, non_blocking=True)
@@ -119,6 +122,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
         results += _coco_results(dataset, batch, (decode or model.detections)(outputs, sizes))
         seen += batch["indices"]
         lap("post-processing")
+        progress.add(len(batch["indices"]) * place.world)
     model.train(was_training)
     milliseconds = {phase: 1000 * value / max(1, len(seen)) for phase, value in seconds.items()}
     parts = gather_objects((seen, results), place.world)
@@ -159,13 +163,13 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     write_json(out / "detections.json", results)
     metrics = _score_with_groups(dataset, uncalibrated, groups, calibrated=False)
     if calibrate:
-        print("after the prototypical calibration:")
+        print0("after the prototypical calibration:")
         calibrated = _score_with_groups(dataset, results, groups, calibrated=True)
         metrics = {**calibrated, "before_calibration": metrics}
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in milliseconds.items()}
-    print("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
+    print0("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
-    draw_detections(dataset, results, out / "pictures", settings.pictures)
+    draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold)
     return metrics
 
 
@@ -175,7 +179,7 @@ def _score_with_groups(dataset: DetectionDataset, results: list[dict], groups: C
     if groups:
         means = group_means(metrics, groups.members)
         metrics[groups.key] = {**groups.info, "calibrated": calibrated, **means}
-        print("  ".join(f"{name} {shown(value)}" for name, value in means.items()))
+        print0("  ".join(f"{name} {shown(value)}" for name, value in means.items()))
     return metrics
 
 
@@ -189,7 +193,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--classes", metavar="NAME,NAME", type=lambda text: text.split(","),
                         help="class names for a --ckpt without names, in the order of its labels")
     parser.add_argument("--detections", type=Path, help="score this COCO result file, without a network")
-    parser.add_argument("--images", type=Path, help="a folder of images, or one image: draw, do not score")
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="images, folders with their subfolders, "
+                                                                    "glob patterns: draw, do not score")
     data = parser.add_argument_group("data (default: what the checkpoint was scored on)")
     data.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout")
     data.add_argument("--split", help="e.g. val2017, 2007_test")
@@ -207,7 +212,12 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--pcb-weights", help="ImageNet ResNet-101 of DeFRCN's calibration: a file, resnet101 "
                                            "for torchvision's, or none (default: the checkpoint's)")
     run.add_argument("--score-threshold", type=float,
-                     help="drop detections with a lower class score (default: the model's)")
+                     help="drop detections with a lower class score (default: the model's; here 0.05)")
+    run.add_argument("--nms-threshold", type=float, help="IoU above which NMS drops the worse box of a class "
+                                                         "(default: the model's, 0.5 or 0.6)")
+    run.add_argument("--max-detections", type=int, help="the best N of each image (default: 100)")
+    run.add_argument("--draw-threshold", type=float, default=DRAW_THRESHOLD,
+                     help=f"draw detections with at least this score (default: {DRAW_THRESHOLD})")
     run.add_argument("--proposals-recall", action="store_true",
                      help="score the proposals of a two-stage detector, not its detections")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
@@ -215,11 +225,12 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.ckpt) == bool(args.detections) or args.detections and not (args.data or args.json):
         parser.error("give --ckpt, or --detections together with --data")
-    for name in ("min_size", "max_size"):
+    for name in ("min_size", "max_size", "max_detections"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if args.score_threshold is not None and not 0 <= args.score_threshold < 1:
-        parser.error(f"--score-threshold must be in 0..1, not {args.score_threshold}")
+    for name in ("score_threshold", "nms_threshold", "draw_threshold"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} must be in 0..1, not {getattr(args, name)}")
     if args.proposals_recall and (args.images or args.detections):
         parser.error("--proposals-recall needs --ckpt and annotated data")
     if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
@@ -235,7 +246,7 @@ def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:
     """
     trained, names = info["args"], info["names"]
     if args.images:
-        return image_folder(args.images, names, info["category_ids"])
+        return image_folder(args.images, names, info["category_ids"], Progress)
     foreign, few_shot = trained["data"] is None, bool(trained["stage"])
     if args.data or args.json:
         split = trained["val_split"] if trained["data"] not in (None, "shapes") else "val2017"
@@ -296,12 +307,20 @@ def detect_image(model: torch.nn.Module, info: dict, image: str | Path | Image.I
 
 def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place, out: Path,
                 settings: EvalSettings):
-    """Writes the detections of images without annotations: detections.json and a drawing of each image."""
+    """Writes the detections of images without annotations, a drawing of each image, and classes.json.
+
+    classes.json names the classes and the settings. Raises SystemExit at the end if images were left out.
+    """
     results, _ = detect(model, dataset, place, settings)
     if place.rank == 0:
         write_json(out / "detections.json", results)
-        draw_detections(dataset, results, out / "pictures", settings.pictures)
-        print(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
+        write_json(out / "classes.json", {
+            "categories": [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.names)],
+            "settings": {**settings._asdict(), "amp": str(settings.amp), "nms_threshold": model.nms_threshold,
+                         "score_threshold": model.score_threshold, "max_detections": model.max_detections},
+            "skipped": dataset.notes})
+        draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold)
+        print0(f"{len(results)} detections in {out / 'detections.json'}, drawings in {out / 'pictures'}")
 
 
 def best_proposals(outputs: dict[str, torch.Tensor], sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -333,7 +352,7 @@ def score_file(args: argparse.Namespace):
     dataset = open_dataset(args.data or "", split, args.json, args.image_dir)
     results = read_results(args.detections)
     write_json(out / "metrics.json", score(dataset, results))
-    draw_detections(dataset, results, out / "pictures", args.pictures)
+    draw_detections(dataset, results, out / "pictures", args.pictures, args.draw_threshold)
 
 
 def main():
@@ -345,8 +364,9 @@ def main():
     trained = info["args"]
     for note in info["notes"]:
         print0(note)
-    if args.score_threshold is not None:
-        model.score_threshold = args.score_threshold
+    for name in ("score_threshold", "nms_threshold", "max_detections"):
+        if getattr(args, name) is not None:
+            setattr(model, name, getattr(args, name))
     # --images writes to a subfolder, so the detections.json of the run is not overwritten.
     out = args.out or Path(args.ckpt).parent / ("images" if args.images else "")
     make_folder(out)
@@ -354,21 +374,26 @@ def main():
     settings = EvalSettings(
         min_size=args.min_size or max(trained["min_size"]), max_size=args.max_size or trained["max_size"],
         batch_size=args.batch_size, workers=args.workers, amp=AMP[args.amp],
-        pad_to=args.pad_to or trained["pad_to"], pictures=len(dataset) if args.images else args.pictures)
+        pad_to=args.pad_to or trained["pad_to"], pictures=len(dataset) if args.images else args.pictures,
+        draw_threshold=args.draw_threshold)
     if settings.pad_to:
         check_pad_to(dataset, [settings.min_size], settings.max_size, settings.pad_to)
     print0(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
            f"short side {settings.min_size}, long side at most {settings.max_size} px")
+    for note in dataset.notes:
+        print0(note)
     if args.images:
-        return draw_images(model, dataset, place, out, settings)
+        draw_images(model, dataset, place, out, settings)
+        if dataset.notes:
+            raise SystemExit(f"error: {len(dataset.notes)} images could not be read and were skipped; the "
+                             f"other {len(dataset)} are done" if place.rank == 0 else 1)
+        return
     if args.proposals_recall:
         return score_proposals(model, dataset, place, out, settings)
     scoring = {}
     if trained["stage"]:
         scoring = checkpoint_scoring(trained, info["names"], place, args.pcb_weights,
                                      args.data or args.json or trained["data"])
-    for note in dataset.notes:
-        print0(note)
     evaluate(model, dataset, place, out, settings, **scoring)
 
 

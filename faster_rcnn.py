@@ -364,6 +364,7 @@ class FasterRCNN(nn.Module):
         super().__init__()
         self.num_classes, self.roi_samples, self.sample_order = num_classes, roi_samples, sample_order
         self.score_threshold, self.nms_threshold = score_threshold, NMS_THRESHOLD
+        self.max_detections = MAX_DETECTIONS
         self.pool_size = pool_size or (POOL_SIZE if fpn else POOL_SIZE_C4)
         self.pre_nms_top_k = PRE_NMS_TOP_K if fpn else PRE_NMS_TOP_K_C4
         self.post_nms_top_k = tuple(post_nms_top_k or (POST_NMS_TOP_K if fpn else POST_NMS_TOP_K_C4))
@@ -466,5 +467,5 @@ class FasterRCNN(nn.Module):
 
     def detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         """Candidates of every image after class-wise NMS; see `ops.final_detections`."""
-        return [final_detections(*candidates, *size, self.nms_threshold, MAX_DETECTIONS)
+        return [final_detections(*candidates, *size, self.nms_threshold, self.max_detections)
                 for candidates, size in zip(self.candidates(outputs), sizes)]

@@ -249,6 +249,7 @@ class FCOS(nn.Module):
             tower_bias = not original
         self.original = original
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.max_detections = MAX_DETECTIONS
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5", relu_before_p7=True)
         self.head = FCOSHead(num_classes, fpn_channels, original, tower_bias)
@@ -297,5 +298,5 @@ class FCOS(nn.Module):
                 for image in zip(outputs["logits"], self.boxes(outputs), outputs["centerness"])]
 
     def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
-        return [final_detections(*image, *size, self.nms_threshold, MAX_DETECTIONS)
+        return [final_detections(*image, *size, self.nms_threshold, self.max_detections)
                 for image, size in zip(self.candidates(outputs), sizes)]

@@ -28,6 +28,7 @@ from checkpoint import build_model, load_init, read_checkpoint, save_checkpoint
 from data import COCO_NOVEL, VOC_CLASSES, DataError, DetectionDataset
 from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
 from metrics import ClassGroups
+from runlog import Progress
 from shapes import Shapes, open_dataset
 from subsets import Subset, k_shot_subset, lists_folder, select_classes
 from weights import WeightsError, load_classifier
@@ -145,7 +146,9 @@ class Calibration:
             else:
                 unchanged.append(result)
         changed, device = [], self.place.device
+        progress = Progress("calibrating in", len(found_in))
         for image_id in sorted(found_in, key=index_of.get)[self.place.rank::self.place.world]:
+            progress.add(self.place.world)
             found = found_in[image_id]
             xywh = torch.tensor([result["bbox"] for result in found])
             boxes = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), dim=1)

@@ -446,6 +446,7 @@ class FSAF(nn.Module):
         self.joint, self.effective_scale, self.ignore_scale = joint, effective_scale, ignore_scale
         self.ignore_adjacent = joint if ignore_adjacent is None else ignore_adjacent
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.max_detections = MAX_DETECTIONS
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, self.p6_from, self.relu_before_p7)
         self.head = FSAFHead(num_classes, fpn_channels, anchor_free=not anchor_only,
@@ -534,5 +535,5 @@ class FSAF(nn.Module):
 
     def detections(self, outputs: dict, sizes: Tensor) -> list[dict[str, Tensor]]:
         """One class-wise NMS for the candidates of all levels and branches."""
-        return [final_detections(*image, *size, self.nms_threshold, MAX_DETECTIONS)
+        return [final_detections(*image, *size, self.nms_threshold, self.max_detections)
                 for image, size in zip(self.candidates(outputs), sizes)]

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import DataError, DetectionDataset
+from runtime import print0
 
 # The twelve lines of pycocotools' summary.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -34,7 +35,7 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
     """
     _check_results(dataset, results)
     if not results:
-        print("warning: there is not a single detection")
+        print0("warning: there is not a single detection")
     metrics = _coco_scores(dataset, results)
     columns = {"AP": metrics["per_class"]}
     if dataset.voc:
@@ -42,13 +43,13 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
             columns[key] = metrics[f"per_class_{key}"] = voc_ap50(dataset, results, eleven_point)
             metrics[key] = _mean(columns[key].values())
     width = max(map(len, dataset.names))
-    print(f"{'class':{width}}  " + "  ".join(f"{key:>10}" for key in columns))
+    print0(f"{'class':{width}}  " + "  ".join(f"{key:>10}" for key in columns))
     for name in dataset.names:
-        print(f"{name:{width}}  " + "  ".join(f"{shown(column[name]):>10}" for column in columns.values()))
+        print0(f"{name:{width}}  " + "  ".join(f"{shown(column[name]):>10}" for column in columns.values()))
     if dataset.voc:
-        print(f"AP50 (VOC07 11-point) {shown(metrics['AP50_VOC07'])}   "
-              f"AP50 (VOC10+ all-point) {shown(metrics['AP50_VOC'])}   difficult objects ignored")
-    print("  ".join(f"{key} {shown(metrics[key])}" for key in METRICS[:6]))
+        print0(f"AP50 (VOC07 11-point) {shown(metrics['AP50_VOC07'])}   "
+               f"AP50 (VOC10+ all-point) {shown(metrics['AP50_VOC'])}   difficult objects ignored")
+    print0("  ".join(f"{key} {shown(metrics[key])}" for key in METRICS[:6]))
     return metrics
 
 
@@ -142,7 +143,9 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
         evaluation = COCOeval(truth, detections, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    evaluation.summarize()
+    with contextlib.redirect_stdout(io.StringIO()) as summary:
+        evaluation.summarize()
+    print0(summary.getvalue().rstrip())
     metrics = {key: float(v) if v > -1 else None for key, v in zip(METRICS, evaluation.stats)}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # all areas, 100 detections per image
     precision = np.moveaxis(precision, 2, 0)  # class, IoU, recall
@@ -174,7 +177,7 @@ def proposal_recall(dataset: DetectionDataset, proposals: list[dict]) -> dict[st
     values = {f"AR{count}": recall[0, i] for i, count in enumerate(PROPOSALS)}
     values |= {f"AR{size}{PROPOSALS[-1]}": recall[i, -1] for i, size in enumerate("sml", start=1)}
     values = {name: float(value) if value > -1 else None for name, value in values.items()}
-    print("proposals: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
+    print0("proposals: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
     return values
 
 

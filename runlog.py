@@ -1,5 +1,5 @@
-"""What a training run writes down: its environment, log lines on the screen, the file log.jsonl."""
-from runtime import Place, UserError, atomic_write, print0  # before torch: see the first lines of runtime.py
+"""What a run shows and writes down: environment, log lines, log.txt, log.jsonl, progress of long loops."""
+import runtime  # noqa: F401  before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -9,12 +9,15 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from runtime import Place, UserError, atomic_write, copy_prints, print0
 
 
 def environment(place: Place) -> str:
@@ -56,9 +59,10 @@ class RunLog:
         self.data_seconds, self.clock, self.file = 0.0, time.perf_counter(), None
 
     def open(self):
-        """Opens log.jsonl on rank 0, see `open_log`."""
+        """Opens log.jsonl, see `open_log`, and log.txt, which gets what the screen shows. Rank 0 only."""
         if self.place.rank == 0:
             self.file = open_log(self.args, self.start)
+            copy_prints(self.args.out / "log.txt")
 
     def state_dict(self) -> dict:
         return {"logged": self.logged,
@@ -99,6 +103,38 @@ class RunLog:
         self.loss_sums, self.data_seconds, self.logged = {}, 0.0, done
         self.restart_clock()
 
+    def write_scores(self, done: int, metrics: dict):
+        """Writes the scores after step `done` to log.jsonl: AP, AP50, ... and the AP of every class."""
+        if self.file:  # rank 0
+            scores = {key: metrics[key] for key in metrics if not isinstance(metrics[key], dict)}
+            row = {"step": done, **scores, "per_class": metrics["per_class"]}
+            print(json.dumps(row), file=self.file, flush=True)
+
+
+class Progress:
+    """How far a loop over `total` images is: a line that changes on a terminal, a line every 10 % in a file.
+
+    what: such as "detecting in". Rank 0 prints, for the first time before the loop.
+    """
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.shown, self.start = what, total, 0, 0.0, time.perf_counter()
+        print0(f"{what} {total} images")
+
+    def add(self, count: int):
+        """Counts images as done."""
+        tenths, self.done = 10 * self.done // max(1, self.total), min(self.total, self.done + count)
+        seconds, ended = time.perf_counter() - self.start, self.done == self.total
+        left = int((self.total - self.done) * seconds / self.done)
+        line = (f"{self.what} {self.total} images: {self.done} done, {self.done / seconds:.1f} images/s, ETA "
+                f"{left // 60}:{left % 60:02}")
+        if not sys.stderr.isatty():
+            if 10 * self.done // self.total > tenths:
+                print0(line)
+        elif os.environ.get("RANK", "0") == "0" and (ended or seconds - self.shown > 0.5):
+            self.shown = seconds
+            print(f"\r{line}  ", end="\n" if ended else "", file=sys.stderr, flush=True)
+
 
 def open_log(args: argparse.Namespace, start: int):
     """log.jsonl, locked. A run resumed in its own folder continues it. Other runs keep the old files."""
@@ -109,7 +145,7 @@ def open_log(args: argparse.Namespace, start: int):
     if args.resume and args.resume.parent.resolve() == args.out.resolve():
         trim_log(path, start)
     else:
-        for name in ("last.pth", "log.jsonl"):
+        for name in ("last.pth", "best.pth", "log.jsonl", "log.txt"):
             if (args.out / name).exists():
                 number = next(n for n in range(1, 10 ** 6) if not (args.out / f"earlier{n}_{name}").exists())
                 os.replace(args.out / name, args.out / f"earlier{number}_{name}")

@@ -108,10 +108,28 @@ def gather_objects(value, world: int) -> list:
     return values
 
 
+_printed = {"lines": [], "file": None}  # what print0 printed before `copy_prints` named a file; that file
+
+
 def print0(*args):
-    """print on rank 0 only."""
+    """print on rank 0 only, also into the file of `copy_prints`."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*args, flush=True)
+        text = " ".join(map(str, args))
+        if _printed["file"]:
+            print(text, file=_printed["file"], flush=True)
+        else:
+            _printed["lines"].append(text)
+
+
+def copy_prints(path: Path | None):
+    """Appends everything that print0 printed and will print to a file. None: forgets what it printed."""
+    if _printed["file"]:
+        _printed["file"].close()
+    _printed["file"] = open(path, "a", encoding="utf-8") if path else None
+    if path:
+        print(*_printed["lines"], sep="\n", file=_printed["file"], flush=True)
+    _printed["lines"] = []
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -212,6 +230,8 @@ def run_main(main, explain=None):
         if not known and _fails_first():
             raise
         reason = f"error: {known}" if known else 1
+    if reason != 1 and _printed["file"]:
+        print(reason, file=_printed["file"], flush=True)
     raise SystemExit(reason if reason == 1 or _fails_first() else 1)
 
 

@@ -252,6 +252,15 @@ def save_training(step: int, state: TrainingState, args: argparse.Namespace, tra
         save_checkpoint(args.out / f"step_{step}.pth", content)
 
 
+def save_best(step: int, metrics: dict, state: TrainingState, args: argparse.Namespace,
+              train_set: DetectionDataset):
+    """Writes best.pth if the AP is the best of the run so far: weights without the state of the training."""
+    path, ap = args.out / "best.pth", metrics["AP"] or 0.0
+    if not path.exists() or ap > torch.load(path, "cpu", weights_only=True)["AP"]:
+        save_checkpoint(path, {"model": state.model.state_dict(), "step": step, "args": saved_form(args),
+                               "names": train_set.names, "category_ids": train_set.category_ids, "AP": ap})
+
+
 def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Namespace,
                      train_set: DetectionDataset, place: Place):
     """Restores everything that `save_training` saved, except the random state (`restore_rng`).
@@ -319,6 +328,7 @@ def fail_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list,
 # flags (`any_rank`) in every step, with --norm batch also rank 0's statistics (DDP); mean losses for a log
 # line; random states and loss sums for a checkpoint.
 def main():
+    runtime.copy_prints(None)  # log.txt starts with what is printed from here on
     args, checkpoint = parse_args()
     place = runtime.setup_device(args.device, args.amp)
     device, rank, world = place
@@ -412,20 +422,25 @@ def main():
         is_last = done == schedule.max_steps
         if done % args.log_every == 0 or is_last:
             log.write(done, lr, schedule.max_steps, sampler.steps_per_epoch)
-        if done % args.save_every == 0 or is_last or stop:
+        is_scored = val_set and (is_last or args.eval_every and done % args.eval_every == 0)
+        if done % args.save_every == 0 or is_last or stop or is_scored:
             save_training(done, state, args, train_set, place)
         if stop and not is_last:
-            print0(f"interrupted: saved {args.out / 'last.pth'} at step {done}; go on with --resume")
+            last = args.out / "last.pth"
+            print0(f"interrupted: saved {last} at step {done}; go on with --resume {last}")
             return
-        if val_set and (is_last or args.eval_every and done % args.eval_every == 0):
+        if is_scored:
             settings = EvalSettings(max(args.min_size), args.max_size, workers=args.workers,
                                     amp=AMP[args.amp], pad_to=args.pad_to, pictures=args.pictures)
             try:
                 with interrupts.at_once():  # the checkpoint is saved: an evaluation may be cut off
-                    evaluate(model, val_set, place, args.out, settings, **scoring)
+                    metrics = evaluate(model, val_set, place, args.out, settings, **scoring)
             except KeyboardInterrupt:
                 raise SystemExit(f"interrupted while scoring step {done}; run evaluate.py --ckpt "
                                  f"{args.out / 'last.pth'} to score it") from None
+            if rank == 0:
+                log.write_scores(done, metrics)
+                save_best(done, metrics, state, args, train_set)
             log.restart_clock()
 
 

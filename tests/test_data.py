@@ -348,6 +348,43 @@ def test_a_folder_of_images_is_a_dataset_without_boxes(tmp_path):
         image_folder(tmp_path / "nowhere", ["cat"], [7])
 
 
+def test_folders_files_and_patterns_of_images_are_joined(tmp_path):
+    for path in ("one/1.png", "one/deep/er/2.png", "two/1.png", "two/3.jpg", "two/4.jpg", "5.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 6)).save(tmp_path / path)
+    patterns = [tmp_path / "one", str(tmp_path / "two" / "*.jpg"), str(tmp_path / "5.png")]
+    dataset = image_folder(patterns, ["cat"], [7])
+    assert sorted(dataset.image_ids.tolist()) == ["1.png", "3.jpg", "4.jpg", "5.png", "deep/er/2.png"]
+    dataset = image_folder([tmp_path / "one", tmp_path / "two"], ["cat"], [7])  # both have a 1.png
+    assert {str(tmp_path / "one/1.png"), str(tmp_path / "two/1.png"),
+            "3.jpg"} <= set(dataset.image_ids.tolist())
+
+
+def test_broken_images_of_a_folder_are_left_out_and_named(tmp_path):
+    noise = Image.effect_noise((90, 70), 80)
+    noise.save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:1500])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "fake.png").write_text("<html>not found</html>")
+    steps = []
+
+    class Shown:
+        def __init__(self, what, total):
+            steps.append(total)
+
+        def add(self, count):
+            steps.append(count)
+
+    dataset = image_folder(tmp_path, ["cat"], [7], Shown)
+    assert dataset.image_ids.tolist() == ["good.jpg"] and steps == [4, 1, 1, 1, 1]
+    assert len(dataset.notes) == 3
+    for name, note in zip(("cut.jpg", "empty.png", "fake.png"), dataset.notes):
+        assert note.startswith(f"skipped: {tmp_path / name}: cannot be read as an image")
+    (tmp_path / "good.jpg").unlink()
+    with pytest.raises(DataError, match="none of the 3 images can be read, the first: .*cut.jpg"):
+        image_folder(tmp_path, ["cat"], [7])
+
+
 def test_every_mode_becomes_rgb(tmp_path):
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
     for name, image in {

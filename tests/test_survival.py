@@ -79,7 +79,7 @@ def test_twenty_kills_cost_nothing(background, tmp_path):
     assert f"step {steps}/{steps}" in out
     assert_equal_weights(weights(killed), weights(whole))
     assert rows(killed) == rows(whole)
-    assert {p.name for p in (killed / "out").iterdir()} == {"last.pth", "log.jsonl"}
+    assert {p.name for p in (killed / "out").iterdir()} == {"last.pth", "log.jsonl", "log.txt"}
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(background, 
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: out/last.pth cannot be written") and "too large" in last
     assert (tmp_path / "out" / "last.pth").read_bytes() == before
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pth", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pth", "log.jsonl", "log.txt"}
     out = background(tmp_path, *command, "--resume").communicate(timeout=120)[0]
     assert "step 8/8" in out and [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
 

@@ -10,6 +10,7 @@ from conftest import wait_for
 from PIL import Image
 
 import train
+from checkpoint import load_model
 from fcos import FCOS
 from recipes import parse_args
 from train import Schedule, learning_rate, parameter_groups
@@ -55,10 +56,14 @@ def test_convolution_biases_learn_twice_as_fast_and_do_not_decay():
 def test_a_short_run_leaves_its_files(in_process, tmp_path):
     out = in_process(train.main, *TINY[1:], "--max-steps", 3, "--pictures", 2)
     folder = tmp_path / "out"
-    assert {p.name for p in folder.iterdir()} == {"last.pth", "log.jsonl", "detections.json", "metrics.json",
-                                                  "pictures"}
+    assert {p.name for p in folder.iterdir()} == {"last.pth", "best.pth", "log.jsonl", "log.txt",
+                                                  "detections.json", "metrics.json", "pictures"}
     log = rows(tmp_path)
-    assert [row["step"] for row in log] == [1, 2, 3]
+    assert [row["step"] for row in log] == [1, 2, 3, 3]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert log[3]["AP"] == metrics["AP"] and log[3]["per_class"] == metrics["per_class"]
+    text = (folder / "log.txt").read_text()
+    assert text == out and "Average Precision" in text
     assert {"loss", "cls", "box", "centerness", "lr", "data_s", "step_s", "images_per_s", "memory_gb",
             "eta_s", "epoch"} <= set(log[0])
     assert log[0]["loss"] == pytest.approx(log[0]["cls"] + log[0]["box"] + log[0]["centerness"], rel=1e-6)
@@ -67,6 +72,28 @@ def test_a_short_run_leaves_its_files(in_process, tmp_path):
     for words in ("torch " + torch.__version__, "heart", "lr 0.0005 = 0.002 x 4/16", "images/s", "ETA",
                   "commit", "have no object to learn"):
         assert words in out
+
+
+def test_the_best_checkpoint_is_kept_without_the_state_of_the_training(in_process, mistake, tmp_path,
+                                                                       monkeypatch):
+    aps = iter((0.25, 0.5, 0.125, 0.75, 0.5))
+
+    def evaluate(model, dataset, place, out, settings):
+        return {"AP": next(aps), "per_class": {}}
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    in_process(train.main, *TINY[1:], "--max-steps", 3, "--eval-every", 1, "--save-every", 50)
+    best = torch.load(tmp_path / "out" / "best.pth", weights_only=True)
+    assert (best["step"], best["AP"]) == (2, 0.5) and not {"optimizer", "ranks"} & set(best)
+    scores = [(row["step"], row["AP"]) for row in rows(tmp_path) if "AP" in row]
+    assert scores == [(1, 0.25), (2, 0.5), (3, 0.125)]
+    in_process(train.main, "--resume", "out/last.pth", "--max-steps", 5)
+    best = torch.load(tmp_path / "out" / "best.pth", weights_only=True)
+    assert (best["step"], best["AP"]) == (4, 0.75)
+    model, info = load_model(tmp_path / "out" / "best.pth")
+    assert info["step"] == 4
+    size = {name: (tmp_path / "out" / name).stat().st_size for name in ("best.pth", "last.pth")}
+    assert size["best.pth"] < 0.4 * size["last.pth"]
+    assert "holds weights but no training to go on with" in mistake(train.main, "--resume", "out/best.pth")
 
 
 def test_a_resume_that_is_refused_leaves_the_log_as_it_is(in_process, mistake, tmp_path):
