@@ -192,7 +192,7 @@ def image_folder(patterns: Path | list[str], names: list[str], category_ids: lis
 
     The image ids are the paths below the folder, or the file names; paths of several folders that would have
     the same id keep the folder too. Images that cannot be read are left out, with a line in `notes` for each.
-    progress: see `check_images`. Raises DataError if there is no image that can be read.
+    progress: see `try_images`. Raises DataError if there is no image that can be read.
     """
     patterns = [patterns] if isinstance(patterns, Path) else patterns
     files = {}  # path: id
@@ -212,7 +212,7 @@ def image_folder(patterns: Path | list[str], names: list[str], category_ids: lis
     paths = sorted(files)
     same = {name for name, count in Counter(files.values()).items() if count > 1}
     ids = [str(path if files[path] in same else files[path]) for path in paths]
-    sizes, broken = check_images([str(path) for path in paths], progress=progress)
+    sizes, broken = try_images(lambda i: read_image(str(paths[i])).size[::-1], len(paths), progress)
     good = [i for i in range(len(paths)) if i not in broken]
     if not good:
         raise DataError(f"none of the {len(paths)} images can be read, the first: {broken[0]}")
@@ -223,30 +223,31 @@ def image_folder(patterns: Path | list[str], names: list[str], category_ids: lis
     return dataset
 
 
-def check_images(paths: list[str], sizes: list[tuple[int, int]] | None = None,
-                 progress: Callable | None = None) -> tuple[list[tuple[int, int] | None], dict[int, str]]:
-    """Decodes every image, in parallel: {index: what is wrong} of those that cannot be read.
+def try_images(read: Callable[[int], object], count: int,
+               progress: Callable | None) -> tuple[list, dict[int, str]]:
+    """Calls read(i) for every image, in parallel.
 
-    sizes: (height, width) that the images must have. progress: such as `runlog.Progress`.
-    Returns also (height, width) of the images, None for a broken one.
+    progress: such as `runlog.Progress`. Returns the results and {index: what is wrong} for a DataError.
     """
-    def check(i: int) -> tuple[int, int] | str:
+    def attempt(i: int):
         try:
-            if sizes is None:
-                return read_image(paths[i]).size[::-1]
-            read_image(paths[i], tuple(sizes[i]), shrink=8)  # reads a JPEG whole, but decodes it smaller
-            return tuple(sizes[i])
+            return read(i)
         except DataError as error:
-            return str(error)
+            return error
 
-    found, shown = [], progress("reading", len(paths)) if progress else None
+    results, shown = [], progress("reading", count) if progress else None
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        for result in pool.imap(check, range(len(paths))):
-            found.append(result)
+        for result in pool.imap(attempt, range(count)):
+            results.append(result)
             if shown:
                 shown.add(1)
-    broken = {i: result for i, result in enumerate(found) if isinstance(result, str)}
-    return [None if i in broken else size for i, size in enumerate(found)], broken
+    return results, {i: str(result) for i, result in enumerate(results) if isinstance(result, DataError)}
+
+
+def broken_images(dataset: DetectionDataset, progress: Callable | None = None) -> dict[int, str]:
+    """Decodes every image of a dataset: {index: what is wrong} of those that cannot be read."""
+    # A JPEG is read whole, but decoded at an eighth of its size.
+    return try_images(lambda i: dataset.image(i, 8.0) and None, len(dataset), progress)[1]
 
 
 def _refuse_duplicates(values: list, what: str, source):
@@ -574,8 +575,8 @@ def collate(samples: list[dict], size_divisor: int = 32, shapes: list[tuple[int,
 
     Returns images (B, 3, H, W) uint8, zero-padded at the right and bottom; sizes (B, 2) int64 height, width
     before padding; gt_boxes (B, G, 4) float32; gt_labels (B, G) int64, PADDING in rows without an object,
-    G >= min_objects; original_sizes (B, 2); lists image_ids and indices. (H, W) is the first of `shapes` that
-    holds all images, by default the smallest multiples of size_divisor. Raises DataError if none holds them.
+    G >= min_objects; original_sizes (B, 2); lists image_ids, indices, broken. (H, W) is the first of `shapes`
+    that holds all images, by default the smallest multiples of size_divisor. Raises DataError if none does.
     """
     sizes = torch.tensor([sample["image"].shape[:2] for sample in samples])
     height, width = sizes.amax(dim=0).tolist()
@@ -595,7 +596,8 @@ def collate(samples: list[dict], size_divisor: int = 32, shapes: list[tuple[int,
         gt_labels[i, :n] = torch.from_numpy(sample["labels"])
     return {"images": images, "sizes": sizes, "gt_boxes": gt_boxes, "gt_labels": gt_labels,
             "image_ids": [sample["image_id"] for sample in samples], "indices": [s["index"] for s in samples],
-            "original_sizes": torch.tensor([sample["original_size"] for sample in samples])}
+            "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
+            "broken": [sample["broken"] for sample in samples if "broken" in sample]}
 
 
 def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int, pad_to: tuple[int, int]):
@@ -625,7 +627,8 @@ def shape_buckets(dataset: DetectionDataset, min_size: int, max_size: int) -> li
 class TrainSamples(Dataset):
     """Augmented samples of a training set. An item is requested as (epoch, index).
 
-    Flip and short side depend on (seed, epoch, index) alone, not on a loader process, a rank or a restart.
+    Flip and short side depend on (seed, epoch, index) alone, not on a loader process, a rank or a restart. A
+    broken image becomes a black one without objects, with what is wrong under "broken": the training decides.
     """
 
     def __init__(self, dataset: DetectionDataset, min_sizes: list[int], max_size: int, flip: bool = True,
@@ -644,7 +647,14 @@ class TrainSamples(Dataset):
         rng = np.random.default_rng((self.seed, epoch, index))
         min_size = self.min_sizes[rng.integers(len(self.min_sizes))]
         flip = self.flip and rng.random() < 0.5
-        return load_sample(self.dataset, index, min_size, self.max_size, flip, self.use_difficult)
+        try:
+            return load_sample(self.dataset, index, min_size, self.max_size, flip, self.use_difficult)
+        except DataError as error:
+            height, width = self.dataset.sizes[index].tolist()
+            blank = np.zeros((*resized_shape(height, width, min_size, self.max_size), 3), np.uint8)
+            return {"image": blank, "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64),
+                    "image_id": self.dataset.image_ids[index].item(), "index": index,
+                    "original_size": (height, width), "broken": str(error)}
 
 
 class TestSamples(Dataset):

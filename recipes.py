@@ -28,6 +28,8 @@ SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000
              "s1x": (130_000, (100_000, 120_000)),
              "tutorial": (7_500, (3_750, 5_000))}  # Detectron's: 60,000 steps of 2 images
 
+VERIFY_BELOW = 5000  # images, for --verify-images
+
 # ---- sources of values; `resolve` has their order
 DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch": "free", "decouple": True,
             "fpn": True, "cosine": False, "backbone": "resnet50", "caffe": False, "fpn_channels": 256,
@@ -35,7 +37,7 @@ DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch":
             "use_difficult": False, "generalized": False, "voc_split": 1, "pcb_weights": "resnet101",
             "schedule": "1x", "batch_size": REFERENCE_BATCH, "amp": "off", "loss_scale": "dynamic",
             "compile": False, "device": "auto", "seed": 0, "log_every": 20, "save_every": 1000, "keep": False,
-            "no_eval": False, "pictures": 8, "torchvision": False}
+            "no_eval": False, "pictures": 8, "skip_broken": 0, "torchvision": False}
 # lr and weight_decay are for SGD. bias_lr and bias_decay multiply them for the biases of layers.
 RECIPES = {
     "fcos": {"lr": 0.01, "weight_decay": 1e-4, "bias_lr": 2.0, "bias_decay": 0.0, "clip": 35.0,
@@ -173,6 +175,9 @@ def make_parser(default) -> Parser:
     data("--drop-empty", action="store_true", help="leave images without objects out of training")
     data("--use-difficult", action="store_true", help="train on VOC's difficult objects")
     data("--workers", type=int, help="loader processes per rank (default: up to 4)")
+    data("--verify-images", action=argparse.BooleanOptionalAction,
+         help=f"decode every image before step 1 (default: for fewer than {VERIFY_BELOW} images)")
+    data("--skip-broken", type=int, metavar="N", help="go on with up to N broken images (default: 0)")
     few = parser.add_argument_group("few-shot (--model defrcn or faster_rcnn)")
     few.add_argument("--stage", choices=("base", "novel"),
                      help="train on the base classes, or fine-tune (--init) on K shots of the novel ones")
@@ -259,7 +264,7 @@ def recipe_table(args: argparse.Namespace, sources: dict) -> str:
 
 # Arguments that must not be negative, and arguments that must be positive. One that is not used is None.
 NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures",
-                "rpn_grad_scale", "roi_grad_scale")
+                "skip_broken", "rpn_grad_scale", "roi_grad_scale")
 POSITIVE = ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
             "max_steps", "epochs", "eval_every", "shots", "roi_samples", "pool_size", "min_size", "pad_to",
             "proposals")

@@ -57,6 +57,7 @@ class RunLog:
         self.args, self.start, self.place = args, start, place
         self.logged, self.loss_sums = start, {}  # the step of the last line; sums of losses since then
         self.data_seconds, self.clock, self.file = 0.0, time.perf_counter(), None
+        self.broken = set()  # messages of the images that this rank could not read
 
     def open(self):
         """Opens log.jsonl, see `open_log`, and log.txt, which gets what the screen shows. Rank 0 only."""
@@ -100,6 +101,8 @@ class RunLog:
                + (f"  {row['graphs']} graphs" if self.args.compile else ""))
         if self.file:
             print(json.dumps(row), file=self.file, flush=True)
+        if done == max_steps and self.broken:
+            print("\n".join([f"rank {self.place.rank} skipped broken images:", *sorted(self.broken)]))
         self.loss_sums, self.data_seconds, self.logged = {}, 0.0, done
         self.restart_clock()
 

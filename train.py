@@ -40,6 +40,7 @@ from data import (
     DetectionDataset,
     TrainBatchSampler,
     TrainSamples,
+    broken_images,
     check_pad_to,
     collate,
     death_of_a_loader,
@@ -47,8 +48,8 @@ from data import (
 )
 from defrcn import Affine
 from evaluate import EvalSettings, evaluate
-from recipes import REFERENCE_BATCH, parse_args
-from runlog import RunLog, environment
+from recipes import REFERENCE_BATCH, VERIFY_BELOW, parse_args
+from runlog import Progress, RunLog, environment
 from runtime import AMP, Place, UserError, print0
 from shapes import open_dataset
 from weights import WeightsError, load_imagenet
@@ -179,11 +180,31 @@ def training_indices(args: argparse.Namespace, train_set: DetectionDataset,
             check_pad_to(dataset, args.min_size, args.max_size, args.pad_to)
     filled = train_set.non_empty(args.use_difficult)
     indices = filled if args.drop_empty else np.arange(len(train_set))
+    indices = np.setdiff1d(indices, verified_broken(args, train_set, val_set))
     print0(f"{len(indices)} training images, {len(train_set) - len(filled)} of {len(train_set)} have no "
            f"object to learn ({'dropped' if args.drop_empty else 'kept: --drop-empty leaves them out'})")
-    if len(filled) == 0:
+    if len(np.intersect1d(filled, indices)) == 0:
         raise DataError("there is no object to learn in the training data")
     return indices
+
+
+def verified_broken(args: argparse.Namespace, train_set: DetectionDataset,
+                    val_set: DetectionDataset | None) -> list[int]:
+    """Decodes all images, if wanted; returns the indices of the broken training images.
+
+    Raises DataError if they are more than --skip-broken, or if an image to be scored is broken.
+    """
+    datasets = [dataset for dataset in (train_set, val_set) if dataset and args.data != "shapes"
+                and (len(dataset) < VERIFY_BELOW if args.verify_images is None else args.verify_images)]
+    broken = [broken_images(dataset, Progress) for dataset in datasets]
+    for dataset, messages in zip(datasets, broken):
+        for message in messages.values():
+            print0(f"broken: {message}")
+        if len(messages) > (args.skip_broken if dataset is train_set else 0):
+            advice = f" or train without, --skip-broken {len(messages)}" if dataset is train_set else ""
+            raise DataError(f"{min(messages.values())}; {len(messages)} images of {len(dataset)} are broken, "
+                            f"see above: mend them{advice}")
+    return list(broken[0]) if datasets and datasets[0] is train_set else []
 
 
 def input_shapes(args: argparse.Namespace, train_set: DetectionDataset,
@@ -315,6 +336,18 @@ def any_rank(flags: list[torch.Tensor], world: int) -> list[bool]:
     return [flag > 0 for flag in flags.tolist()]
 
 
+def fail_broken(step: int, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
+                place: Place):
+    """Saves the last finished step and ends all ranks; a rank with broken images names the first of them."""
+    save_training(step, state, args, train_set, place)
+    if len(state.log.broken) <= args.skip_broken:
+        time.sleep(2)  # torchrun stops all ranks when one ends: the one with the reason comes first
+        raise SystemExit(1)
+    last, count = args.out / "last.pth", len(state.log.broken)
+    raise SystemExit(f"error: {min(state.log.broken)}; step {step} is saved: mend the image, or add "
+                     f"--skip-broken {count}, and go on with --resume {last}")
+
+
 def fail_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list, place: Place):
     """Ends all ranks; a rank with a value that is not finite prints what it saw."""
     if not all(value.isfinite() for value in (*losses.values(), norm)):
@@ -324,7 +357,7 @@ def fail_nonfinite(step: int, losses: dict, norm: torch.Tensor, image_ids: list,
                      f"Lower --lr, lengthen --warmup-steps or lower --clip" if place.rank == 0 else 1)
 
 
-# Ranks exchange: the normalisers in every micro-batch (`ops.mean_over_ranks`); the gradients (DDP) and three
+# Ranks exchange: the normalisers in every micro-batch (`ops.mean_over_ranks`); the gradients (DDP) and four
 # flags (`any_rank`) in every step, with --norm batch also rank 0's statistics (DDP); mean losses for a log
 # line; random states and loss sums for a checkpoint.
 def main():
@@ -393,6 +426,7 @@ def main():
             batch = next(loader)
             log.data_seconds += time.perf_counter() - waited
             image_ids += batch["image_ids"]
+            log.broken |= set(batch["broken"])
             images, sizes, gt_boxes, gt_labels = (batch[key].to(device, non_blocking=True) for key in
                                                   ("images", "sizes", "gt_boxes", "gt_labels"))
             images = images.contiguous(memory_format=layout)
@@ -409,8 +443,11 @@ def main():
         # Under fp16 loss scaling infinite gradients skip the step. Otherwise they are an error.
         overflow = ~torch.isfinite(norm)
         finite = torch.isfinite(sum(log.loss_sums.values())) & (~overflow | scaler.enabled)
-        nonfinite, overflow, stop = any_rank(
-            [~finite, overflow, torch.full((), interrupts.received, device=device)], world)
+        on_host = torch.full((), interrupts.received, device=device), torch.full(
+            (), len(log.broken) > args.skip_broken, device=device)
+        nonfinite, overflow, stop, too_many_broken = any_rank([~finite, overflow, *on_host], world)
+        if too_many_broken:
+            fail_broken(step, state, args, train_set, place)
         if nonfinite:
             fail_nonfinite(step, losses, norm, image_ids, place)
         if not overflow:

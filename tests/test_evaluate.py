@@ -138,6 +138,27 @@ def test_a_folder_of_images_is_drawn(trained, in_process, tmp_path):
     assert isinstance(read_results(tmp_path / "d" / "detections.json"), list)
 
 
+def test_broken_images_are_skipped_and_the_exit_says_so(trained, script, tmp_path):
+    for name in ("a_b.png", "a/b.png", "deep/er/c.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 70), "grey").save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "empty.jpg").touch()
+    code, out, err = script("evaluate.py", "--ckpt", trained, "--images", "photos", "--out", "found",
+                            "--workers", 0, "--max-detections", 3, "--score-threshold", 0.001,
+                            "--nms-threshold", 0.3)
+    assert code == 1
+    assert err.strip() == "error: 1 images could not be read and were skipped; the other 3 are done"
+    assert "skipped: photos/empty.jpg: cannot be read as an image" in out
+    assert "detecting in 3 images: 3 done" in out
+    results = read_results(tmp_path / "found" / "detections.json")
+    assert {r["image_id"] for r in results} == {"a_b.png", "a/b.png", "deep/er/c.png"} and len(results) == 9
+    described = json.loads((tmp_path / "found" / "classes.json").read_text())
+    assert described["categories"][0] == {"id": 1, "name": "disc"} and len(described["categories"]) == 8
+    assert described["settings"]["max_detections"] == 3 and described["settings"]["nms_threshold"] == 0.3
+    assert len(described["skipped"]) == 1
+    assert len(list((tmp_path / "found" / "pictures").iterdir())) == 3  # "a/b" and "a_b" are two files
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--ckpt", "no.pth"], "error: checkpoint no.pth does not exist"),
     (["--detections", "no.json", "--data", "shapes", "--split", "val"],

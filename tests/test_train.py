@@ -1,6 +1,7 @@
 """train.py: learning rate, parameter groups, and the command itself."""
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -226,6 +227,35 @@ def test_an_image_that_turns_out_broken_stops_the_run_by_name(script, tmp_path, 
     assert code != 0 and "Traceback" not in err
     assert (err.strip().splitlines()[-1].startswith("error: coco/train2017/0")
             and "cannot be read as an image" in err)
+
+
+@pytest.mark.slow
+def test_broken_images_are_found_before_step_1_or_skipped(script, tmp_path, bccd):
+    shutil.copytree(bccd, tmp_path / "voc")
+    split = tmp_path / "voc" / "VOC2007" / "ImageSets" / "Main"
+    names = (split / "trainval.txt").read_text().split()[:12]
+    (split / "few.txt").write_text("\n".join(names))
+    image = tmp_path / "voc" / "VOC2007" / "JPEGImages" / f"{names[3]}.jpg"
+    image.write_bytes(image.read_bytes()[:2000])
+    words = (*TINY, "--data", "voc", "--train-split", "2007_few", "--val-split", "2007_few", "--weights",
+             "none", "--backbone", "resnet18", "--fpn-channels", 64, "--min-size", 64, "--max-size", 96,
+             "--max-steps", 6)
+    code, out, err = script(*words, "--no-eval")
+    assert code != 0 and "step 1/6" not in out and "reading 12 images" in out
+    assert f"{image.name}: cannot be read as an image" in err and "1 images of 12 are broken" in err
+    assert "--skip-broken 1" in err and "Traceback" not in err
+    code, out, err = script(*words, "--no-eval", "--skip-broken", 1)
+    assert code == 0 and "11 training images" in out and "step 6/6" in out, err
+    code, out, err = script(*words, "--no-eval", "--no-verify-images", "--skip-broken", 1)
+    assert code == 0 and "skipped broken images:" in out and image.name in out, err
+    code, out, err = script(*words)  # an image that would be scored cannot be skipped
+    assert code != 0 and "mend them" in err
+    code, out, err = script(*words, "--no-eval", "--no-verify-images")
+    assert code != 0 and "go on with --resume out/last.pth" in err and image.name in err
+    saved = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
+    assert saved["step"] < 6
+    code, out, err = script("train.py", "--resume", "out/last.pth", "--skip-broken", 1)
+    assert code == 0 and f"at step {saved['step']}" in out and "step 6/6" in out, err
 
 
 @pytest.mark.slow
