@@ -7,6 +7,7 @@ import torch
 from fcos import FCOS
 from recipes import parse_args as parse
 from recipes import resolve
+from train import make_schedule
 
 
 def parse_args(words):
@@ -108,3 +109,19 @@ def test_published_settings_by_stage(tmp_path):
     assert (tuned.lr, tuned.warmup_steps, tuned.norm, tuned.backbone) == (0.01, 0, "frozen", "resnet18")
     plain = parse_args([*settings[:2], "--model", "faster_rcnn"])
     assert (plain.decouple, plain.freeze_at, plain.weight_decay) == (False, 2, 1e-4)
+
+
+def test_the_two_forms_of_faster_rcnn_have_their_recipes(tmp_path):
+    words = ["--data", "coco", "--model", "faster_rcnn"]
+    fpn, c4 = parse_args(words), parse_args([*words, "--c4"])
+    assert (fpn.fpn, fpn.pool_size, fpn.proposals, fpn.min_size) == (True, 7, [1000, 1000], [800])
+    assert (fpn.lr, fpn.warmup_steps, fpn.warmup_factor, fpn.clip) == (0.02, 500, 1 / 3, 0.0)
+    assert (c4.fpn, c4.pool_size, c4.proposals, c4.warmup_steps) == (False, 14, [2000, 1000], 1000)
+    assert c4.min_size == [640, 672, 704, 736, 768, 800] and str(c4.out) == "runs/faster_rcnn_c4"
+    tutorial = parse_args([*words, "--schedule", "tutorial", "--batch-size", "2"])
+    schedule = make_schedule(tutorial, 1000)
+    assert (schedule.max_steps, schedule.drops, schedule.base_lr) == (60_000, [30_000, 40_000], 0.0025)
+    # A checkpoint of C4 from before the form with FPN does not name its form.
+    torch.save({"model": {}, "names": ["a"], "category_ids": [1], "step": 1,
+                "args": {"model": "faster_rcnn", "backbone": "resnet18"}}, tmp_path / "old.pth")
+    assert not parse_args([*words, "--init", str(tmp_path / "old.pth")]).fpn
