@@ -100,7 +100,9 @@ def run(job: dict) -> dict:
     def build_model(*args):
         model = kept[0](*args)
         if job.get("same_samples") and hasattr(model, "sample_order"):
-            model.sample_order, model.predictor.dropout.p = spread_order, 0.0
+            model.sample_order = spread_order
+            if hasattr(model.predictor, "dropout"):
+                model.predictor.dropout.p = 0.0
         model.register_forward_pre_hook(
             lambda _, tensors: report["shapes"].append([list(t.shape) for t in tensors]))
         return model
@@ -139,7 +141,8 @@ def run(job: dict) -> dict:
     for key, name in (("rows", "log.jsonl"), ("detections", "detections.json"), ("metrics", "metrics.json")):
         if (out / name).exists():
             lines = (out / name).read_text()
-            report[key] = list(map(json.loads, lines.splitlines())) if key == "rows" else json.loads(lines)
+            report[key] = json.loads(lines) if key != "rows" else [  # without those of evaluations
+                row for row in map(json.loads, lines.splitlines()) if "loss" in row]
     return {**report, "step": {**step_watch.report(), "recorded": getattr(recording, "counts", {})},
             "detect": detect_watch.report(), "text": text.getvalue(), "seconds": time.time() - start,
             "options": npu and {**torch.npu.options, **vars(torch.npu.config)}}
