@@ -29,6 +29,7 @@ import fsaf
 from checkpoint import load_model
 from data import DetectionDataset, collate, load_sample
 from draw import class_colour, draw_box, enlarge, file_name
+from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
 from fsaf import FSAF, NO_LOSS, STRIDES, level_losses, select_level
 from ops import match_anchors
@@ -252,13 +253,13 @@ def main():
         trained, names = info["args"], info["names"]
         if not (isinstance(model, FSAF) and model.head.anchor_free
                 or isinstance(model, FasterRCNN) and model.fpn is not None):
+            form = {"fsaf": " --fsaf-branch anchor", "faster_rcnn": " --c4"}.get(trained["model"], "")
             raise UserError(f"{args.levels}: --levels needs an FSAF with an anchor-free branch or a Faster "
-                            f"R-CNN with FPN, but this is --model {trained['model']} --fsaf-branch "
-                            f"{trained.get('fsaf_branch')}")
+                            f"R-CNN with FPN, but this is --model {trained['model']}{form}")
     is_shapes = args.data in (None, "shapes") and not args.json
-    if trained and not (args.data or args.json):
-        dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
-                               trained["val_images"], names)
+    if trained:
+        dataset = choose_dataset(argparse.Namespace(**vars(args), ckpt=args.levels, images=None), info)
+        is_shapes = is_shapes and trained["data"] in (None, "shapes")
     else:
         split = args.split or ("train" if is_shapes else "train2017")
         dataset = open_dataset(args.data or "shapes", split, args.json, args.image_dir, names)

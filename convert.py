@@ -446,8 +446,10 @@ def _class_names(meta: dict, count: int, model: str) -> tuple[list[str] | None, 
     if isinstance(written, (list, tuple)) and len(written) == count:
         return [str(name) for name in written], ""
     usual = [COCO_CLASSES, list(VOC_CLASSES)]
-    if model in ("defrcn", "faster_rcnn"):  # few-shot: all classes, base classes, novel classes
-        usual = [COCO_CLASSES, [name for name in COCO_CLASSES if name not in COCO_NOVEL], list(COCO_NOVEL)]
+    if model in ("defrcn", "faster_rcnn"):  # 60: the base classes of few-shot detection
+        usual.append([name for name in COCO_CLASSES if name not in COCO_NOVEL])
+    if model == "defrcn":
+        usual[1] = list(COCO_NOVEL)
     for names in usual:
         if len(names) == count:
             return names, f", not named, taken for {names[0]}, {names[1]}, ..."

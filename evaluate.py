@@ -339,6 +339,7 @@ def score_proposals(model: torch.nn.Module, dataset: DetectionDataset, place: Pl
     """Writes proposals_recall.json. Raises UserError for a one-stage detector."""
     if not isinstance(model, FasterRCNN):
         raise UserError("--proposals-recall is for two-stage detectors: faster_rcnn and defrcn")
+    print0(f"at most {model.post_nms_top_k[1]} proposals per image")
     proposals, _ = detect(model, dataset, place, settings, best_proposals)
     if place.rank == 0:
         write_json(out / "proposals_recall.json", proposal_recall(dataset, proposals))

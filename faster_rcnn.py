@@ -60,8 +60,11 @@ ANCHOR_SIZES = (32, 64, 128, 256, 512)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width (Sec. 3.3)
 RPN_FOREGROUND_IOU, RPN_BACKGROUND_IOU = 0.7, 0.3  # Sec. 3.1.2
 RPN_SAMPLES, RPN_POSITIVES = 256, 128  # sampled anchors per image, at most this many positive (Sec. 3.1.3)
-# Anchors of one level before NMS in training, at inference; proposals of all levels after it (detectron2).
-PRE_NMS_TOP_K, POST_NMS_TOP_K = (2000, 1000), (1000, 1000)
+# Anchors of one level before NMS in training, at inference (detectron2).
+PRE_NMS_TOP_K = (2000, 1000)
+# Proposals of all levels after NMS in training, at inference.
+# DIFFERS: 1000 in training (detectron2); FPN's paper and Detectron take 2000.
+POST_NMS_TOP_K = (1000, 1000)
 PRE_NMS_TOP_K_C4, POST_NMS_TOP_K_C4 = (12000, 6000), (2000, 1000)
 RPN_NMS_THRESHOLD = 0.7  # Sec. 3.3
 
@@ -165,7 +168,7 @@ def rpn_losses(objectness: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Te
     gt_labels: (B, G) int64, < 0 for padding and crowds. sample_order: see `FasterRCNN`.
     Returns {"rpn_cls": (), "rpn_box": ()}. Without objects the box loss is 0 and has a gradient of zeros.
     """
-    # DIFFERS: anchors that cross the image border are trained (detectron2); the paper ignores them.
+    # DIFFERS: anchors that cross the image border are trained (detectron2, FPN); the paper ignores them.
     # DIFFERS: the box loss is L1 over the number of samples (detectron2). The paper has smooth L1, multiplied
     # by lambda = 10 and divided by the number of cells, about 2400.
     cls_loss, box_loss = [], []

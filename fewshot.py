@@ -230,7 +230,7 @@ def _calibration_net(args: dict, weights: str, required: bool) -> CalibrationNet
 def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, place: Place) -> dict:
     """`scoring` for `evaluate.evaluate`. shots: a function that returns the dataset of the shots."""
     novel = args["novel_classes"]
-    info = {"novel": novel,
+    info = {"novel": novel, "fpn": args.get("fpn", False) and args["model"] == "faster_rcnn",
             "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
             **{key: args[key] for key in ("stage", "data", "model", "backbone", "cosine", "shots", "seed",
                                           "shot_seed", "generalized")}}
@@ -246,8 +246,8 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
 # ---------------------------------------------------------------------------------------------- table
 
 # Runs that differ in one setting are in different rows.
-SETTING_KEYS = ("data", "novel", "model", "backbone", "cosine", "decouple", "calibrated", "generalized",
-                "shots")
+SETTING_KEYS = ("data", "novel", "model", "fpn", "backbone", "cosine", "decouple", "calibrated",
+                "generalized", "shots")
 TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")
 
 
@@ -262,11 +262,11 @@ def aggregate(runs: list[dict]) -> list[dict]:
     for run in runs:
         if not isinstance(run, dict) or run.get("few_shot", {}).get("stage") != "novel":
             raise DataError("a run has no scores of --stage novel: there is nothing to aggregate")
-        *words, shots = (run["few_shot"][key] for key in SETTING_KEYS)
+        *words, shots = (run["few_shot"].get(key, False) for key in SETTING_KEYS)
         runs_of.setdefault((*map(str, words), shots), []).append(run)
     rows = []
     for _, members in sorted(runs_of.items()):
-        row = {key: members[0]["few_shot"][key] for key in SETTING_KEYS}
+        row = {key: members[0]["few_shot"].get(key, False) for key in SETTING_KEYS}
         row["seeds"] = sorted(m["few_shot"]["seed"] for m in members)
         if len(set(row["seeds"])) < len(members):
             raise DataError(f"several runs of {row['model']} with {row['shots']} shots have the same seed: "

@@ -15,7 +15,8 @@ from runtime import print0
 
 # The twelve lines of pycocotools' summary.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-PROPOSALS = [100, 300, 1000]  # per image, of which `proposal_recall` takes the best
+PROPOSALS = [100, 300, 1000]  # the best of an image that `proposal_recall` looks at
+RECALL_IMAGES = 500  # that it scores at a time
 VOC_IOU = 0.5  # a detection matches an object only above this IoU
 
 
@@ -167,13 +168,27 @@ def proposal_recall(dataset: DetectionDataset, proposals: list[dict]) -> dict[st
     AR300, AR1000 for the best proposals of each image, and ARs1000, ARm1000, ARl1000 for small, medium and
     large objects. None where there is no object of that size.
     """
+    by_image = {image_id: [] for image_id in dataset.image_ids.tolist()}
+    for proposal in proposals:
+        by_image[proposal["image_id"]].append(proposal)
+    found = objects = 0.0  # (IoU, area, number of proposals), (area, 1)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _ground_truth(dataset)
-        evaluation = COCOeval(truth, truth.loadRes(proposals) if proposals else COCO(), "bbox")
-        evaluation.params.useCats, evaluation.params.maxDets = 0, PROPOSALS
-        evaluation.evaluate()
-        evaluation.accumulate()
-    recall = evaluation.eval["recall"].mean(axis=0)[0]  # area, number of proposals; -1 without objects
+        for start in range(0, len(dataset), RECALL_IMAGES):  # all at once would take gigabytes
+            image_ids = dataset.image_ids[start:start + RECALL_IMAGES].tolist()
+            results = [proposal for image_id in image_ids for proposal in by_image[image_id]]
+            evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
+            params = evaluation.params
+            params.useCats, params.maxDets, params.imgIds = 0, PROPOSALS, image_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            count = np.zeros((len(params.areaRng), 1))
+            for image in filter(None, evaluation.evalImgs):
+                count[params.areaRng.index(image["aRng"])] += (~np.array(image["gtIgnore"], bool)).sum()
+            found = found + evaluation.eval["recall"][:, 0].clip(0) * count
+            objects = objects + count
+    # area, number of proposals; -1 without objects
+    recall = np.where(objects > 0, found.mean(axis=0) / np.maximum(objects, 1), -1)
     values = {f"AR{count}": recall[0, i] for i, count in enumerate(PROPOSALS)}
     values |= {f"AR{size}{PROPOSALS[-1]}": recall[i, -1] for i, size in enumerate("sml", start=1)}
     values = {name: float(value) if value > -1 else None for name, value in values.items()}

@@ -146,6 +146,7 @@ def make_parser(default) -> Parser:
           help="side of FSAF's ignore region in parts of the box's: 0.2, or 0.5 with both branches")
     model("--no-decouple", action="store_false", dest="decouple", help="DeFRCN without its decoupling")
     model("--c4", action="store_false", dest="fpn", help="Faster R-CNN without FPN, on one feature map, C4")
+    model("--fpn", action="store_true", help="Faster R-CNN with FPN (default)")
     model("--cosine", action="store_true", help="TFA's cosine classifier in place of the linear one")
     model("--rpn-grad-scale", type=float, help="DeFRCN: share of RPN's gradient that reaches the backbone")
     model("--roi-grad-scale", type=float, help="DeFRCN: share of the RoI head's gradient that does so")
@@ -195,6 +196,7 @@ def make_parser(default) -> Parser:
     optim("--epochs", type=float, help="length; the lr drops at the same fractions as in the schedule")
     optim("--max-steps", type=int, help="length in steps, in place of --epochs")
     optim("--warmup-steps", type=int, help="limited to a tenth of the run")
+    optim("--warmup-factor", type=float, help="lr of the first step, as a fraction of the full lr")
     optim("--weight-decay", type=float)
     optim("--clip", type=float, help="limit of the L2 norm of the gradient, 0 = none")
     optim("--amp", choices=AMP, help="precision of the network (default: off, which is float32)")
@@ -263,8 +265,8 @@ def recipe_table(args: argparse.Namespace, sources: dict) -> str:
 
 
 # Arguments that must not be negative, and arguments that must be positive. One that is not used is None.
-NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "pictures",
-                "skip_broken", "rpn_grad_scale", "roi_grad_scale")
+NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "warmup_factor",
+                "pictures", "skip_broken", "rpn_grad_scale", "roi_grad_scale")
 POSITIVE = ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
             "max_steps", "epochs", "eval_every", "shots", "roi_samples", "pool_size", "min_size", "pad_to",
             "proposals")
@@ -295,6 +297,8 @@ def _check(parser: Parser, args: argparse.Namespace):
             (novel != bool(args.shots), "--stage novel and --shots K belong together"),
             (novel and not (args.init or args.resume),
              "--stage novel fine-tunes: give the base stage's checkpoint with --init"),
+            (args.model == "faster_rcnn" and args.rpn_grad_scale is not None,
+             "--rpn-grad-scale belongs to --model defrcn"),
             (args.model not in ("faster_rcnn", "defrcn") and not args.fpn,
              "--c4 is a form of Faster R-CNN: give --model faster_rcnn"),
             (args.model != "fcos" and args.original, "--original is a form of FCOS: give --model fcos"),

@@ -235,7 +235,8 @@ def make_model(args: argparse.Namespace, checkpoint: dict | None, names: list[st
             model.pixel_std.copy_(std)
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
                       for every in (True, False))
-    print0(f"{args.model}: {total:,} parameters, {trained:,} of them train")
+    form = (" with FPN" if args.fpn else " on C4") if args.model == "faster_rcnn" else ""
+    print0(f"{args.model}{form}: {total:,} parameters, {trained:,} of them train")
     return model
 
 
@@ -403,8 +404,8 @@ def main():
     if args.compile:
         model.compile(dynamic=False)
     ddp = model if world == 1 else DistributedDataParallel(
-        model, device_ids=None if device.type == "cpu" else [device.index],
-        broadcast_buffers=args.norm == "batch")  # other buffers are constant
+        model, device_ids=None if device.type == "cpu" else [device.index])
+    ddp.broadcast_buffers = args.norm == "batch"  # other buffers are constant
     sampler.start, sampler.stop = start, schedule.max_steps
     samples = TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed)
     make_batch = partial(collate, size_divisor=model.size_divisor, shapes=shapes,

@@ -355,6 +355,14 @@ def test_classes_of_mmdetection_come_from_its_meta(tmp_path, meta, named):
     assert read["names"] == ([f"thing {i}" for i in range(80)] if named else COCO_CLASSES)
 
 
+@pytest.mark.parametrize(("model", "count", "first"), [
+    ("fcos", 20, "aeroplane"), ("faster_rcnn", 20, "aeroplane"), ("defrcn", 20, "person"),
+    ("faster_rcnn", 60, "truck"), ("faster_rcnn", 80, "person"), ("fcos", 60, None)])
+def test_the_number_of_classes_tells_their_names(model, count, first):
+    names, _ = convert._class_names({}, count, model)
+    assert (names and names[0]) == first
+
+
 @pytest.mark.parametrize("style", ["caffe", "pytorch"])
 def test_the_config_in_the_file_tells_the_style_of_the_backbone(tmp_path, style):
     state = mmdet_state("fcos_b")

@@ -10,6 +10,7 @@ from conftest import SHARED
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import metrics
 from data import DataError, DetectionDataset
 from metrics import METRICS, group_means, proposal_recall, read_results, score, shown, voc_ap50
 from shapes import open_dataset
@@ -46,7 +47,7 @@ def test_classes_without_objects_are_not_counted():
     assert metrics["AP"] == pytest.approx(1.0)
 
 
-def test_recall_of_proposals_by_hand():
+def test_recall_of_proposals_by_hand(monkeypatch):
     boxes = [[10, 10, 30, 30], [40, 40, 90, 90], [0, 0, 99, 99]]  # small, medium, large, of both classes
     dataset = dataset_of(boxes, [0, 1, 0], [0, 0, 1])
     proposals = [found(11, [10, 10, 30, 30], 0.9, 90), found(11, [40, 40, 90, 80], 0.8)]  # IoU 1 and 0.8
@@ -60,6 +61,8 @@ def test_recall_of_proposals_by_hand():
     recall = proposal_recall(dataset, crowded + [found(12, [0, 0, 99, 99], 0.1)])
     assert recall["AR100"] == pytest.approx(1.7 / 3)  # the large object has only the 109th place
     assert recall["AR300"] == pytest.approx(2.7 / 3)
+    monkeypatch.setattr(metrics, "RECALL_IMAGES", 1)
+    assert proposal_recall(dataset, crowded + [found(12, [0, 0, 99, 99], 0.1)]) == pytest.approx(recall)
     assert proposal_recall(dataset, [])["AR1000"] == 0
     assert proposal_recall(dataset_of([], [], []), [])["AR100"] is None
 
