@@ -27,7 +27,7 @@ import faster_rcnn
 import fcos
 import fsaf
 from checkpoint import load_model
-from data import DetectionDataset, collate, load_sample
+from data import DetectionDataset, collate, default_splits, load_sample
 from draw import class_colour, draw_box, enlarge, file_name
 from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
@@ -220,9 +220,9 @@ def level_table(selected: list[tuple[int, float]], names: list[str], what: str) 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout (default: shapes; with "
+    parser.add_argument("--data", help="'shapes' or a folder, as for train.py (default: shapes; with "
                                        "--levels, the data that the checkpoint was scored on)")
-    parser.add_argument("--split", help="default: train for shapes, else train2017")
+    parser.add_argument("--split", help="default: that of the layout, such as train2017")
     parser.add_argument("--json", help="COCO-format file, instead of --data; needs --image-dir")
     parser.add_argument("--image-dir", help="folder with the images of --json")
     parser.add_argument("--count", type=int, default=8, help="draw the first N images")
@@ -261,7 +261,7 @@ def main():
         dataset = choose_dataset(argparse.Namespace(**vars(args), ckpt=args.levels, images=None), info)
         is_shapes = is_shapes and trained["data"] in (None, "shapes")
     else:
-        split = args.split or ("train" if is_shapes else "train2017")
+        split = args.split or (default_splits(args.data or "shapes")[0] if not args.json else "")
         dataset = open_dataset(args.data or "shapes", split, args.json, args.image_dir, names)
     min_size, max_size = SHAPES_SIZE if is_shapes else COCO_SIZE
     if trained:

@@ -33,8 +33,9 @@ PADDING, CROWD = -1, -2
 MAX_WORKERS = 256  # loader processes of one rank
 BUCKETS = 4  # number of long sides in `shape_buckets`: 960, 1088, 1216, 1344 for COCO at 800/1333
 LISTED_PROBLEMS = 10  # invalid boxes that are described one by one, before "... and N more"
-# COCO 2014's customary splits without a folder of their own: {split: folder of its images}
-EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014"}
+# COCO's customary splits without a folder of their own: {split: folder of its images}
+EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014", "test-dev2017": "test2017"}
+ROBOFLOW_FILE = "_annotations.coco.json"
 # COCO's 80 classes in the order of their category ids, which have gaps.
 COCO_CLASSES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
@@ -65,14 +66,15 @@ class DetectionDataset:
     N images: image_ids; paths as bytes; sizes (N, 2) height, width in px.
     A boxes, sorted by image: boxes (A, 4) xyxy px; classes (A,) int64 0..C-1; areas (A,) px^2, by default of
     the boxes; crowd and difficult (A,) bool; annotation_order (A,), the place of each box before sorting.
-    notes: lines to print before training. voc: whether VOC's AP50 is scored, too. The constructor takes the
+    notes: lines to print before training. voc: whether VOC's AP50 is scored, too. annotated: False for a file
+    that holds images only, such as COCO's test-dev: there is nothing to score. The constructor takes the
     boxes in any order; image_index (A,) is the index of the image of each box.
     """
 
     def __init__(self, names, category_ids, *, image_ids, paths, sizes, boxes, classes, image_index,
-                 areas=None, crowd=False, difficult=False, notes=(), voc=False):
+                 areas=None, crowd=False, difficult=False, notes=(), voc=False, annotated=True):
         self.names, self.category_ids = list(names), list(category_ids)
-        self.notes, self.voc = list(notes), voc
+        self.notes, self.voc, self.annotated = list(notes), voc, annotated
         self.image_ids, self.paths = np.asarray(image_ids), np.array([os.fsencode(path) for path in paths])
         self.sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
@@ -149,41 +151,63 @@ class DetectionDataset:
 # ---------------------------------------------------------------------------------------------- layouts
 
 def layout(data: str) -> str:
-    """What --data names: "shapes", "voc" or "coco". Raises DataError if it is none of them.
+    """What --data names: "shapes", "voc", "coco", "roboflow" or "yolo", found by looking. Raises DataError.
 
-    A new layout needs a name here, a branch in `open_folder` and a function like `load_voc`, which returns a
-    DetectionDataset.
+    A new layout needs a name here, its splits in `default_splits`, a branch in `open_folder` and a function
+    like `load_voc`, which returns a DetectionDataset.
     """
     if data == "shapes":
         return "shapes"
     root = Path(data)
     if not root.is_dir():
         raise DataError(f"data folder {root} does not exist (--data takes a folder or 'shapes')")
-    if any(root.glob("VOC[0-9]*")):
+    if any(root.glob("VOC[0-9]*")) or (root / "Annotations").is_dir():
         return "voc"
     if (root / "annotations").is_dir():
         return "coco"
+    if any(root.glob(f"*/{ROBOFLOW_FILE}")):
+        return "roboflow"
+    if any(root.glob("*.yaml")):
+        return "yolo"
     raise DataError(f"{root}: neither COCO layout (annotations/instances_SPLIT.json) nor VOC layout "
-                    f"(VOC2007/). Other layouts need a COCO-format file and its image folder, see --help")
+                    f"(VOC2007/ or Annotations/), Roboflow's (SPLIT/{ROBOFLOW_FILE}) or YOLO's (data.yaml). "
+                    f"Other layouts need a COCO-format file and its image folder, see --help")
+
+
+def default_splits(data: str) -> tuple[str, str]:
+    """Names of the split to train on and of the one to score on, where none is given."""
+    kind = layout(data)
+    if kind == "voc":
+        return ("2007_trainval", "2007_test") if any(Path(data).glob("VOC[0-9]*")) else ("train", "val")
+    return {"shapes": ("train", "val"), "coco": ("train2017", "val2017"), "roboflow": ("train", "valid"),
+            "yolo": ("train", "val")}[kind]
 
 
 def open_folder(data: str, split: str, json_path: str | None = None, image_dir: str | None = None,
                 names: list[str] | None = None) -> DetectionDataset:
-    """A dataset on disk, in COCO or VOC layout. `shapes.open_dataset` also knows the built-in set.
+    """A dataset on disk, see `layout`. `shapes.open_dataset` also knows the built-in set and YOLO's layout.
 
     split: one split or several joined by "+"; a VOC split is YEAR_SPLIT. json_path, image_dir: a COCO-format
-    file and its images, instead of data and split. names: the classes of a model. Raises DataError if the
-    dataset has others.
+    file and its images, or several of both joined by "+", instead of data and split. names: the classes of a
+    model. Raises DataError if the dataset has others.
     """
     if json_path or image_dir:
-        if not (json_path and image_dir):
-            raise DataError("an annotation file and its image folder belong together: give both")
-        return load_coco([(Path(json_path), Path(image_dir))], names)
-    root = Path(data)
-    if layout(data) == "voc":
+        files, folders = (list(map(Path, (text or "").split("+"))) for text in (json_path, image_dir))
+        if not (json_path and image_dir) or len(files) != len(folders):
+            raise DataError("an annotation file and its image folder belong together: give as many of both")
+        return load_coco(list(zip(files, folders)), names)
+    root, kind, parts = Path(data), layout(data), split.split("+")
+    if kind == "voc":
         return load_voc(root, split, names)
-    return load_coco([(root / "annotations" / f"instances_{part}.json",
-                       root / EXTRA_COCO_SPLITS.get(part, part)) for part in split.split("+")], names)
+    if kind == "roboflow":
+        return load_coco([(root / part / ROBOFLOW_FILE, root / part) for part in parts], names)
+    found = []
+    for part in parts:
+        folder = EXTRA_COCO_SPLITS.get(part, part)
+        path, info = (root / "annotations" / f"{kind}_{part}.json" for kind in ("instances", "image_info"))
+        found.append((info if info.is_file() and not path.is_file() else path,
+                      root / "images" / folder if (root / "images" / folder).is_dir() else root / folder))
+    return load_coco(found, names)
 
 
 def image_folder(patterns: Path | list[str], names: list[str], category_ids: list[int],
@@ -250,10 +274,10 @@ def broken_images(dataset: DetectionDataset, progress: Callable | None = None) -
     return try_images(lambda i: dataset.image(i, 8.0) and None, len(dataset), progress)[1]
 
 
-def _refuse_duplicates(values: list, what: str, source):
+def _refuse_duplicates(values: list, what: str, source, hint: str = ""):
     if len(set(values)) < len(values):
         value, count = Counter(values).most_common(1)[0]
-        raise DataError(f"{source}: {what} {value!r} occurs {count} times")
+        raise DataError(f"{source}: {what} {value!r} occurs {count} times{hint}")
 
 
 def _refuse_missing_images(paths: list[str], source):
@@ -267,7 +291,7 @@ def _refuse_missing_images(paths: list[str], source):
         raise DataError(f"{what} does not exist: {len(missing)} of {len(paths)} images of {source} missing")
 
 
-def _valid_boxes(boxes: np.ndarray, has_area: np.ndarray, sizes: np.ndarray, describe,
+def valid_boxes(boxes: np.ndarray, has_area: np.ndarray, sizes: np.ndarray, describe,
                  notes: list[str]) -> np.ndarray:
     """Which boxes (A, 4) can be objects of their images. What is wrong with the others goes to the notes.
 
@@ -290,6 +314,10 @@ def _valid_boxes(boxes: np.ndarray, has_area: np.ndarray, sizes: np.ndarray, des
         notes.append(f"... and {len(invalid) - LISTED_PROBLEMS} more")
     if len(invalid):
         notes.append(f"left out {len(invalid)} invalid boxes of {len(boxes)}, in training and in scoring")
+    leaving = (boxes[:, 2:] > sizes[:, ::-1] + 1).any(axis=1)
+    if len(boxes) >= 10 and leaving.mean() > 0.5:
+        notes.append(f"{leaving.sum()} of {len(boxes)} boxes end outside their image. Is bbox x1 y1 x2 y2 in "
+                     f"this file? COCO's is x y width height")
     beyond = valid & ((boxes[:, :2] < -1).any(axis=1) | (boxes[:, 2:] > sizes[:, ::-1] + 1).any(axis=1))
     tiny = valid & ((boxes[:, 2:] - boxes[:, :2]) < 1).any(axis=1)
     for rows, what in ((beyond, "reach over the border of their image; training clips them"),
@@ -339,9 +367,11 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     image_ids = np.array(list(index_of))
     if image_ids.tolist() != list(index_of):
         raise DataError(f"{source}: image ids must be all text or all numbers below 2^63")
-    _refuse_duplicates([image["id"] for image in images], "image id", source)
+    _refuse_duplicates([image["id"] for image in images], "image id", source,
+                       ". The files number their images alike: give every image an id of its own")
     notes = [f"{file}: annotation id 0 (image {a['image_id']}): pycocotools ignores it, scoring here does not"
              for a, file in zip(annotations, files) if a["id"] == 0]
+    notes += similar_names(sorted(found), source)
 
     def describe(i: int) -> str:
         a = annotations[i]
@@ -351,14 +381,26 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     image_index = np.array([index_of[a["image_id"]] for a in annotations], np.int64)
     xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
-    valid = _valid_boxes(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[image_index], describe, notes)
+    valid = valid_boxes(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[image_index], describe, notes)
     annotations = [annotations[i] for i in np.flatnonzero(valid)]
     return DetectionDataset(
         names, sorted(label_of, key=label_of.get), image_ids=image_ids, paths=paths, sizes=sizes,
         boxes=boxes[valid], classes=[label_of[a["category_id"]] for a in annotations],
         image_index=image_index[valid], crowd=[bool(a.get("iscrowd")) for a in annotations], notes=notes,
+        annotated=not all(path.name.startswith("image_info") for path, _ in parts),
         areas=[a["area"] if isinstance(a.get("area"), _NUMBER) else a["bbox"][2] * a["bbox"][3]
                for a in annotations])
+
+
+def similar_names(names: list[str], source) -> list[str]:
+    """A note for every two class names that differ in capitals or spaces only."""
+    first, notes = {}, []
+    for name in names:
+        other = first.setdefault(name.strip().lower(), name)
+        if other != name:
+            notes.append(f"{source}: the classes {other!r} and {name!r} differ only in capitals or spaces. "
+                         f"Are they one class?")
+    return notes
 
 
 def _read_coco_file(path: Path) -> dict:
@@ -372,6 +414,8 @@ def _read_coco_file(path: Path) -> dict:
             content = json.loads(path.read_bytes())  # so that the error states a place in the file itself
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
+    if path.name.startswith("image_info") and isinstance(content, dict):  # COCO's test images
+        content.setdefault("annotations", [])
     for key, fields in _COCO_FIELDS.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{path}: not a COCO annotation file, the list {key!r} is missing")
@@ -394,7 +438,10 @@ def _read_coco_file(path: Path) -> dict:
     for a in content["annotations"]:
         where = f"{path}: annotation {a['id']} (image {a['image_id']!r})"
         if a["image_id"] not in image_ids:
-            raise DataError(f"{where}: there is no such image in the file")
+            kinds = {type(key).__name__ for key in image_ids}
+            hint = "" if type(a["image_id"]).__name__ in kinds else (
+                " (ids are text in one list and numbers in the other)")
+            raise DataError(f"{where}: there is no such image in the file{hint}")
         if a["category_id"] not in category_ids:
             raise DataError(f"{where}: unknown category {a['category_id']!r}")
         if a.get("iscrowd") not in (None, 0, 1):
@@ -407,20 +454,31 @@ def _read_coco_file(path: Path) -> dict:
 def load_voc(root: Path, split: str, names: list[str] | None = None) -> DetectionDataset:
     """Dataset in Pascal VOC layout. split: YEAR_SPLIT, or several: "2007_trainval+2012_trainval".
 
+    A root that holds Annotations/ itself has no year: a split is a list in ImageSets/Main, or "all", every
+    file of Annotations. Images are in JPEGImages or images, with any suffix.
     Without names, the classes are VOC's twenty, or those in the files if there is any other. An invalid box
     is left out and described in the notes; any other mistake raises DataError.
     """
     image_ids, paths, sizes, objects, image_index, notes = [], [], [], [], [], []
     for part in split.split("+"):
-        year, _, subset = part.partition("_")
-        base = root / f"VOC{year}"
+        base, subset = root, part
+        if not (root / "Annotations").is_dir():
+            year, _, subset = part.partition("_")
+            base = root / f"VOC{year}"
         listing = base / "ImageSets" / "Main" / f"{subset}.txt"
-        if not listing.is_file():
-            raise DataError(f"{listing} does not exist (a VOC split is named YEAR_SPLIT, e.g. 2007_trainval)")
-        for line in filter(None, map(str.strip, listing.read_text().splitlines())):
+        if listing.is_file():
+            lines = listing.read_text().splitlines()
+        elif subset == "all" and base == root:
+            lines = sorted(path.stem for path in (base / "Annotations").glob("*.xml"))
+        else:
+            raise DataError(f"{listing} does not exist (" + (
+                "without lists, the split 'all' is every file of Annotations)" if base == root else
+                "a VOC split is named YEAR_SPLIT, e.g. 2007_trainval)"))
+        folder = base / ("JPEGImages" if (base / "JPEGImages").is_dir() else "images")
+        for line in filter(None, map(str.strip, lines)):
             image_id = re.sub(r"\s+-?[01]$", "", line)  # in lists of one class a line ends in 1, 0 or -1
             size, suffix, found = _read_voc_file(base / "Annotations" / f"{image_id}.xml")
-            path = str(base / "JPEGImages" / f"{image_id}{suffix}")
+            path = str(_with_any_suffix(folder / f"{image_id}{suffix}"))
             objects += found
             image_index += [len(image_ids)] * len(found)
             image_ids.append(image_id)
@@ -433,6 +491,7 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
     if names is None:
         found_names = {obj["name"] for obj in objects}
         names = list(VOC_CLASSES) if found_names <= set(VOC_CLASSES) else sorted(found_names)
+    notes += similar_names(names, root)
     for obj in objects:
         if obj["name"] not in names:
             raise DataError(f"{obj['text']}: unknown class; the model knows {', '.join(names)}")
@@ -441,12 +500,20 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
     boxes = bndbox - (1, 1, 0, 0)  # VOC counts pixels from 1 and includes both ends
     # A box that is one pixel wide in VOC's convention is an annotation mistake.
     has_area = (bndbox[:, 2:] > bndbox[:, :2]).all(axis=1)
-    valid = _valid_boxes(boxes, has_area, sizes[image_index], lambda i: objects[i]["text"], notes)
+    valid = valid_boxes(boxes, has_area, sizes[image_index], lambda i: objects[i]["text"], notes)
     objects = [objects[i] for i in np.flatnonzero(valid)]
     return DetectionDataset(
         names, range(1, len(names) + 1), image_ids=image_ids, paths=paths, sizes=sizes, boxes=boxes[valid],
         classes=[names.index(obj["name"]) for obj in objects], image_index=image_index[valid],
         difficult=[obj["difficult"] for obj in objects], notes=notes, voc=True)
+
+
+def _with_any_suffix(path: Path) -> Path:
+    """The image file of that name; one with another suffix if it does not exist; `path` if none does."""
+    if path.is_file():
+        return path
+    others = (path.with_name(path.stem + suffix) for suffix in sorted(IMAGE_SUFFIXES))
+    return next((other for other in others if other.is_file()), path)
 
 
 def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[dict]]:

@@ -47,7 +47,9 @@ from data import (
     check_pad_to,
     collate,
     death_of_a_loader,
+    default_splits,
     image_folder,
+    layout,
     load_sample,
     resize,
     resized_shape,
@@ -161,6 +163,9 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     if place.rank > 0:
         return {}
     write_json(out / "detections.json", results)
+    if not dataset.annotated:
+        print0(f"{len(results)} detections in {out / 'detections.json'}; there are no annotations to score")
+        return {}
     metrics = _score_with_groups(dataset, uncalibrated, groups, calibrated=False)
     if calibrate:
         print0("after the prototypical calibration:")
@@ -196,8 +201,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", metavar="PATH", help="images, folders with their subfolders, "
                                                                     "glob patterns: draw, do not score")
     data = parser.add_argument_group("data (default: what the checkpoint was scored on)")
-    data.add_argument("--data", help="'shapes' or a folder in COCO or VOC layout")
-    data.add_argument("--split", help="e.g. val2017, 2007_test")
+    data.add_argument("--data", help="'shapes' or a folder in COCO, VOC, Roboflow or YOLO layout")
+    data.add_argument("--split", help="default: that of the layout, such as val2017, 2007_test")
     data.add_argument("--json", help="COCO-format file, with --image-dir")
     data.add_argument("--image-dir", help="image folder of --json")
     data.add_argument("--min-size", type=int, help="short side in px")
@@ -249,8 +254,11 @@ def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:
         return image_folder(args.images, names, info["category_ids"], Progress)
     foreign, few_shot = trained["data"] is None, bool(trained["stage"])
     if args.data or args.json:
-        split = trained["val_split"] if trained["data"] not in (None, "shapes") else "val2017"
-        split = args.split or ("val" if args.data == "shapes" else split)
+        split = args.split
+        if not split and not args.json:
+            split = default_splits(args.data)[1]
+            if layout(args.data) in ("coco", "voc") and trained["data"] not in (None, "shapes"):
+                split = trained["val_split"]
         dataset = open_dataset(args.data or "", split, args.json, args.image_dir,
                                None if few_shot or foreign else names)
     elif foreign:
@@ -349,7 +357,7 @@ def score_file(args: argparse.Namespace):
     """Scores a detections file against a dataset."""
     out = args.out or args.detections.parent
     make_folder(out)
-    split = args.split or ("val" if args.data == "shapes" else "val2017")
+    split = args.split or (default_splits(args.data)[1] if args.data and not args.json else "")
     dataset = open_dataset(args.data or "", split, args.json, args.image_dir)
     results = read_results(args.detections)
     write_json(out / "metrics.json", score(dataset, results))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from backbone import ARCHITECTURES
 from checkpoint import MODEL_ARGS, read_checkpoint
-from data import MAX_WORKERS, layout
+from data import MAX_WORKERS, default_splits, layout
 from defrcn import POOL_SIZE, ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL, ROI_GRAD_SCALE_VOC, RPN_GRAD_SCALE
 from faster_rcnn import POOL_SIZE as POOL_SIZE_FPN
 from faster_rcnn import POOL_SIZE_C4, POST_NMS_TOP_K, POST_NMS_TOP_K_C4, ROI_SAMPLES
@@ -81,7 +81,8 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     """The value of every argument, and where it comes from: two dicts with the same keys.
 
     The first source that has an argument decides it: command line, checkpoint, AdamW, random weights, shapes
-    in the novel stage, few-shot on VOC, novel stage, shapes, joint or C4 form, recipe of the model, default.
+    in the novel stage, few-shot on VOC, novel stage, layout of the data, shapes, joint or C4 form, recipe of
+    the model, default.
     given: arguments on the command line. checkpoint: what --init or --resume names, or None. names: the names
     of all arguments.
     """
@@ -96,13 +97,16 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
 
     model, stage, data = value("model"), value("stage"), value("data")
     is_shapes = data == "shapes" and not value("train_json")
-    is_voc = not value("train_json") and Path(data).is_dir() and layout(data) == "voc"
+    in_folder = not value("train_json") and not is_shapes and Path(data).is_dir()
+    is_voc = in_folder and layout(data) == "voc"
+    splits = default_splits(data) if in_folder else ()
     novel = stage == "novel"
     joint = model == "fsaf" and value("fsaf_branch") == "both"
     c4 = model == "faster_rcnn" and not value("fpn")
     layers += [("built-in shapes, novel stage", SHAPES_NOVEL if novel and is_shapes else {}),
                ("published recipe, few-shot on VOC", FEW_SHOT_VOC[stage] if stage and is_voc else {}),
                ("published recipe, novel stage", NOVEL_STAGE if novel else {}),
+               ("layout of the data", dict(zip(("train_split", "val_split"), splits))),
                ("built-in shapes", {**SHAPES, **SHAPES_MODEL[model]} if is_shapes else {}),
                ("paper's joint form", {"ignore_scale": IGNORE_SCALE_JOINT} if joint else {}),
                ("published recipe of C4", C4_FORM if c4 else {}),
@@ -162,10 +166,10 @@ def make_parser(default) -> Parser:
     model("--freeze-at", type=int, help="number of stages that do not train, the stem included")
     model("--fpn-channels", type=int, help="default: 256 (shapes: 64)")
     data = parser.add_argument_group("data").add_argument
-    data("--data", help="'shapes' (default) or a folder in COCO or VOC layout")
-    data("--train-split", help="default: train2017; several joined by +")
-    data("--val-split", help="default: val2017")
-    data("--train-json", help="COCO-format file, with --train-images")
+    data("--data", help="'shapes' (default) or a folder in COCO, VOC, Roboflow or YOLO layout")
+    data("--train-split", help="default: that of the layout, such as train2017; several joined by +")
+    data("--val-split", help="default: that of the layout, such as val2017")
+    data("--train-json", help="COCO-format file, with --train-images; several of both joined by +")
     data("--train-images", help="image folder of --train-json")
     data("--val-json", help="COCO-format file, with --val-images")
     data("--val-images", help="image folder of --val-json")

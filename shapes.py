@@ -1,10 +1,12 @@
 """The built-in dataset: textured images with objects of eight shapes, drawn when they are read."""
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import DataError, DetectionDataset, open_folder
+from data import DataError, DetectionDataset, layout, open_folder
+from yolo import load_yolo
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split
 SHAPES_SIDES = (96, 128)  # px; half of the images are wide, half are tall
@@ -137,10 +139,12 @@ def _silhouette(outline: np.ndarray, is_ring: bool, height: int, width: int) -> 
 
 def open_dataset(data: str, split: str, json_path: str | None = None, image_dir: str | None = None,
                  names: list[str] | None = None) -> DetectionDataset:
-    """The dataset that --data names: "shapes", or a folder in COCO or VOC layout.
+    """The dataset that --data names: "shapes", or a folder in one of the layouts of `data.layout`.
 
     split, json_path, image_dir and names: see `data.open_folder`. Raises DataError.
     """
+    if not (json_path or image_dir) and layout(data) == "yolo":
+        return load_yolo(Path(data), split.split("+"), names)
     if data != "shapes" or json_path or image_dir:
         return open_folder(data, split, json_path, image_dir, names)
     dataset = Shapes(split)

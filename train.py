@@ -476,7 +476,7 @@ def main():
             except KeyboardInterrupt:
                 raise SystemExit(f"interrupted while scoring step {done}; run evaluate.py --ckpt "
                                  f"{args.out / 'last.pth'} to score it") from None
-            if rank == 0:
+            if metrics:  # on rank 0
                 log.write_scores(done, metrics)
                 save_best(done, metrics, state, args, train_set)
             log.restart_clock()

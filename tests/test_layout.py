@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = (("ops", "runtime"),
-          ("data", "shapes", "subsets", "backbone", "metrics", "draw", "runlog"),
+          ("data", "yolo", "shapes", "subsets", "backbone", "metrics", "draw", "runlog"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),
           ("defrcn", "convert"),
           ("checkpoint", "fewshot"),
@@ -13,7 +13,8 @@ LAYERS = (("ops", "runtime"),
           ("train", "peers"),
           ("browse", "export", "benchmark"))
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-WITHIN_A_LAYER = {("shapes", "data"), ("subsets", "data"), ("metrics", "data"), ("draw", "data"),
+WITHIN_A_LAYER = {("shapes", "data"), ("shapes", "yolo"), ("yolo", "data"), ("subsets", "data"),
+                  ("metrics", "data"), ("draw", "data"),
                   ("convert", "defrcn"), ("fewshot", "checkpoint")}
 # The files that people copy: no files, no command line, no other code base.
 ALGORITHMS = ("ops", "backbone", "fcos", "fsaf", "faster_rcnn", "defrcn")

@@ -1,0 +1,112 @@
+"""YOLO layout: a .yaml file with the class names, images, and label files beside them.
+
+    mine/data.yaml               names: [cat, dog]  train: images/train  val: images/val
+    mine/images/train/a.jpg      or mine/train/images/a.jpg
+    mine/labels/train/a.txt      a line per object: class, centre x, y, width, height, in parts of the image
+"""
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from data import IMAGE_SUFFIXES, DataError, DetectionDataset, similar_names, valid_boxes
+
+
+def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> DetectionDataset:
+    """Dataset in YOLO layout, see the top of this file. Category ids are 0, 1, ... as in the label files.
+
+    The images of a split are where the .yaml says, in images/SPLIT or in SPLIT/images. An image without a
+    label file has no object. names: the classes of a model. An invalid box is left out and described in the
+    notes; any other mistake raises DataError.
+    """
+    path = sorted(root.glob("*.yaml"), key=lambda path: path.name != "data.yaml")[0]
+    content = _read_yolo_yaml(path)
+    found_names = content.get("names")
+    if not isinstance(found_names, list) or not found_names:
+        raise DataError(f"{path}: it must list the class names under 'names'")
+    if names and names != found_names:
+        raise DataError(f"{path}: not the model's classes: the file has {found_names}, the model {names}")
+    notes, paths, sizes, rows, image_index, places = similar_names(found_names, path), [], [], [], [], []
+    for split in splits:
+        for image in _images_of_split(root, path, content, split):
+            label = Path("/labels/".join(str(image).rsplit("/images/", 1))).with_suffix(".txt")
+            lines = label.read_text().splitlines() if label.is_file() else []
+            for number, line in enumerate(lines, start=1):
+                rows.append(_object_of_line(line, len(found_names), f"{label}: line {number}"))
+                image_index.append(len(paths))
+                places.append(f"{label}: line {number}")
+            paths.append(str(image))
+            sizes.append(_size_of_image(image))
+    if not paths:
+        raise DataError(f"{path}: the split {'+'.join(splits)} has no images")
+    sizes, image_index = np.array(sizes, np.int64), np.array(image_index, np.int64)
+    rows = np.array(rows, np.float64).reshape(-1, 5)
+    wide_high = sizes[image_index][:, ::-1]
+    center, half = rows[:, 1:3] * wide_high, rows[:, 3:] * wide_high / 2
+    boxes = np.concatenate((center - half, center + half), axis=1)
+    limit = np.concatenate((wide_high, wide_high), axis=1)
+    # The numbers in the files are rounded: up to a pixel beyond the border is no mistake.
+    boxes = np.where((boxes > -1) & (boxes < limit + 1), boxes.clip(0, limit), boxes)
+    valid = valid_boxes(boxes, (half > 0).all(axis=1), sizes[image_index], lambda i: places[i], notes)
+    ids = [os.path.relpath(p, root) for p in paths]
+    return DetectionDataset(found_names, range(len(found_names)), image_ids=ids, paths=paths, sizes=sizes,
+                            boxes=boxes[valid], classes=rows[valid, 0].astype(np.int64),
+                            image_index=image_index[valid], notes=notes)
+
+
+def _images_of_split(root: Path, path: Path, content: dict, split: str) -> list[Path]:
+    """Image files of a split. path, content: the .yaml file. Raises DataError if there is no folder."""
+    written = content.get(split) or content.get({"val": "valid", "valid": "val"}.get(split, ""))
+    places = [root / "images" / split, root / split / "images"]
+    if isinstance(written, str):
+        places = [root / str(content.get("path", "")) / written, root / written.removeprefix("../"), *places]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise DataError(f"{path}: no image folder for the split {split!r}: looked for "
+                        f"{', '.join(map(str, places))}")
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _object_of_line(line: str, num_classes: int, place: str) -> list[float]:
+    try:
+        row = [float(field) for field in line.split()]
+    except ValueError:
+        row = []
+    if len(row) != 5 or row[0] not in range(num_classes):
+        raise DataError(f"{place}: {line!r} is not a class (0 to {num_classes - 1}), then centre x and y, "
+                        f"width, height")
+    return row
+
+
+def _read_yolo_yaml(path: Path) -> dict:
+    """The keys of a YOLO file: text, or lists of text. It reads the part of YAML that these files use."""
+    content, key = {}, None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = re.sub(r"(^|\s)#.*", "", line).rstrip()
+        if not text:
+            continue
+        if item := re.match(r"\s+-\s*(.+)|-\s+(.+)|\s+\d+\s*:\s*(.+)", text):  # "- cat" or "0: cat"
+            content.setdefault(key, [])
+            if isinstance(content[key], list):
+                content[key].append(next(filter(None, item.groups())).strip("'\" "))
+        elif pair := re.match(r"(\w+)\s*:\s*(.*)", text):
+            key, value = pair[1], pair[2].strip()
+            if value.startswith(("[", "{")):
+                parts = re.findall(r"'([^']*)'|\"([^\"]*)\"|([^,\[\]{}]+)", value[1:-1])
+                values = [next(filter(None, part), "").strip() for part in parts]
+                content[key] = [re.sub(r"^\d+\s*:\s*", "", v).strip("'\" ") for v in values if v]
+            elif value:
+                content[key] = value.strip("'\"")
+    return content
+
+
+def _size_of_image(path: Path) -> tuple[int, int]:
+    """(height, width) of an upright image, from the start of its file. Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size if turned else image.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
