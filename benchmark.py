@@ -44,10 +44,11 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import DetectionDataset, TrainBatchSampler, TrainSamples, collate, load_coco
+from data import DetectionDataset, TrainBatchSampler, TrainSamples, collate
 from evaluate import EvalSettings, detect
 from fcos import FCOS
 from fsaf import FSAF
+from layouts import load_coco
 from metrics import score
 from ops import nms_plain
 from peers import CLASSES, OURS, PEERS, Workload, our_step, peer_steps, synthetic_batch, torchvision_model

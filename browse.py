@@ -27,11 +27,12 @@ import faster_rcnn
 import fcos
 import fsaf
 from checkpoint import load_model
-from data import DetectionDataset, collate, default_splits, load_sample
+from data import DetectionDataset, collate, load_sample
 from draw import class_colour, draw_box, enlarge, file_name
 from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
 from fsaf import FSAF, NO_LOSS, STRIDES, level_losses, select_level
+from layouts import default_splits
 from ops import match_anchors
 from shapes import open_dataset
 

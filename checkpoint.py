@@ -1,8 +1,8 @@
 """Checkpoints: build a model from its arguments, save it, load it, start a training from it.
 
 A checkpoint is one dict of tensors and builtins: the weights, the arguments that describe their model, the
-class names, the category ids of the dataset, and the state of the training (`train.save_training`). Detectors
-of other code bases are read into the same form. Nothing in a file is ever executed.
+class names, the category ids of the dataset, and the state of the training (`resume.py`). Detectors of other
+code bases are read into the same form. Nothing in a file is ever executed.
 """
 from functools import partial
 from pathlib import Path

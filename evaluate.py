@@ -47,9 +47,6 @@ from data import (
     check_pad_to,
     collate,
     death_of_a_loader,
-    default_splits,
-    image_folder,
-    layout,
     load_sample,
     resize,
     resized_shape,
@@ -58,6 +55,7 @@ from data import (
 from draw import DRAW_THRESHOLD, draw_detections
 from faster_rcnn import FasterRCNN
 from fewshot import checkpoint_scoring
+from layouts import default_splits, image_folder, layout
 from metrics import ClassGroups, group_means, proposal_recall, read_results, score, shown
 from ops import nms
 from runlog import Progress

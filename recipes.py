@@ -12,13 +12,14 @@ from pathlib import Path
 
 from backbone import ARCHITECTURES
 from checkpoint import MODEL_ARGS, read_checkpoint
-from data import MAX_WORKERS, default_splits, layout
+from data import MAX_WORKERS
 from defrcn import POOL_SIZE, ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL, ROI_GRAD_SCALE_VOC, RPN_GRAD_SCALE
 from faster_rcnn import POOL_SIZE as POOL_SIZE_FPN
 from faster_rcnn import POOL_SIZE_C4, POST_NMS_TOP_K, POST_NMS_TOP_K_C4, ROI_SAMPLES
 from fewshot import add_class_arguments
 from fewshot import schedule as few_shot_schedule
 from fsaf import EFFECTIVE_SCALE, IGNORE_SCALE, IGNORE_SCALE_JOINT
+from layouts import default_splits, layout
 from weights import WeightsError
 
 REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --schedule are meant for it

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import DataError, DetectionDataset, layout, open_folder
+from data import DataError, DetectionDataset
+from layouts import layout, open_folder
 from yolo import load_yolo
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}  # images of each split
@@ -139,9 +140,9 @@ def _silhouette(outline: np.ndarray, is_ring: bool, height: int, width: int) -> 
 
 def open_dataset(data: str, split: str, json_path: str | None = None, image_dir: str | None = None,
                  names: list[str] | None = None) -> DetectionDataset:
-    """The dataset that --data names: "shapes", or a folder in one of the layouts of `data.layout`.
+    """The dataset that --data names: "shapes", or a folder in one of the layouts of `layouts.layout`.
 
-    split, json_path, image_dir and names: see `data.open_folder`. Raises DataError.
+    split, json_path, image_dir and names: see `layouts.open_folder`. Raises DataError.
     """
     if not (json_path or image_dir) and layout(data) == "yolo":
         return load_yolo(Path(data), split.split("+"), names)

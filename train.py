@@ -11,8 +11,8 @@
     python train.py --resume runs/mine/last.pth
     python train.py --data coco --show-recipe                 every value that would be used, and its source
 
-The file reads from top to bottom: schedule, optimizer, data and model, checkpoints, then main() with the
-loop. Arguments and published recipes are in recipes.py.
+The file reads from top to bottom: schedule, optimizer, data and model, then main() with the loop. Arguments
+and published recipes are in recipes.py, what a checkpoint saves and restores in resume.py.
 """
 import runtime  # before torch: see the first lines of runtime.py
 
@@ -24,7 +24,6 @@ import shutil
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import fewshot
-from checkpoint import MODEL_ARGS, build_model, load_init, save_checkpoint
+from checkpoint import build_model, load_init
 from data import (
     DataError,
     DetectionDataset,
@@ -49,10 +48,11 @@ from data import (
 from defrcn import Affine
 from evaluate import EvalSettings, evaluate
 from recipes import REFERENCE_BATCH, VERIFY_BELOW, parse_args
+from resume import TrainingState, restore_rng, restore_training, save_best, save_training
 from runlog import Progress, RunLog, environment
 from runtime import AMP, Place, UserError, print0
 from shapes import open_dataset
-from weights import WeightsError, load_imagenet
+from weights import load_imagenet
 
 MOMENTUM = 0.9
 SCALE_GROWTH_STEPS = 2000  # as torch.amp.GradScaler
@@ -238,93 +238,6 @@ def make_model(args: argparse.Namespace, checkpoint: dict | None, names: list[st
     form = (" with FPN" if args.fpn else " on C4") if args.model == "faster_rcnn" else ""
     print0(f"{args.model}{form}: {total:,} parameters, {trained:,} of them train")
     return model
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-class TrainingState(NamedTuple):
-    """The objects that a checkpoint saves and a resumed run restores."""
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: LossScaler
-    log: RunLog
-
-
-def saved_form(args: argparse.Namespace) -> dict:
-    """The arguments as a checkpoint holds them: builtins only, paths as text."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-
-
-def save_training(step: int, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
-                  place: Place):
-    """Writes last.pth, and step_N.pth with --keep. Every rank must call this."""
-    rng = {"cpu": torch.get_rng_state()}
-    if place.device.type != "cpu":
-        rng[place.device.type] = torch.get_device_module(place.device).get_rng_state(place.device)
-    ranks = runtime.gather_objects({"rng": rng, **state.log.state_dict()}, place.world)
-    if place.rank > 0:
-        return
-    content = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(),
-               "scaler": state.scaler.state_dict(), "step": step, "ranks": ranks,
-               "args": saved_form(args),
-               "names": train_set.names, "category_ids": train_set.category_ids,
-               "data": [len(train_set), len(train_set.boxes)]}
-    save_checkpoint(args.out / "last.pth", content)
-    if args.keep:
-        save_checkpoint(args.out / f"step_{step}.pth", content)
-
-
-def save_best(step: int, metrics: dict, state: TrainingState, args: argparse.Namespace,
-              train_set: DetectionDataset):
-    """Writes best.pth if the AP is the best of the run so far: weights without the state of the training."""
-    path, ap = args.out / "best.pth", metrics["AP"] or 0.0
-    if not path.exists() or ap > torch.load(path, "cpu", weights_only=True)["AP"]:
-        save_checkpoint(path, {"model": state.model.state_dict(), "step": step, "args": saved_form(args),
-                               "names": train_set.names, "category_ids": train_set.category_ids, "AP": ap})
-
-
-def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Namespace,
-                     train_set: DetectionDataset, place: Place):
-    """Restores everything that `save_training` saved, except the random state (`restore_rng`).
-
-    Prints what changes. Raises WeightsError if the run cannot go on with these arguments or data.
-    """
-    path, saved = checkpoint["path"], checkpoint["args"]
-    for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at", "stage", "shots", "generalized"):
-        if key in saved and getattr(args, key) != saved[key]:
-            raise WeightsError(f"{path}: was trained with {key} {saved[key]}, not {getattr(args, key)}: a "
-                               f"resumed run cannot change that")
-    if checkpoint["names"] != train_set.names:
-        raise WeightsError(f"{path}: was trained on the classes {checkpoint['names']}, the data have "
-                           f"{train_set.names}; use --init to fine-tune on other classes")
-    for key, value in saved_form(args).items():
-        if key in saved and value != saved[key] and key not in ("resume", "out", "init", "workers"):
-            print0(f"resume changes {key}: {saved[key]} -> {value}")
-    size = [len(train_set), len(train_set.boxes)]
-    if size != checkpoint["data"]:
-        print0(f"resume changes the data: {checkpoint['data'][0]} images, {checkpoint['data'][1]} boxes -> "
-               f"{size[0]}, {size[1]}")
-    try:
-        state.model.load_state_dict(checkpoint["model"])
-        state.optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot resume, it holds another model ({str(error)[:200]})") from error
-    state.scaler.load_state_dict(checkpoint["scaler"])
-    if len(checkpoint["ranks"]) != place.world:
-        print0(f"resume changes the number of ranks: {len(checkpoint['ranks'])} -> {place.world} (a step "
-               f"sees the same images; random numbers of dropout and sampling start afresh)")
-    else:
-        state.log.load_state_dict(checkpoint["ranks"][place.rank])
-    print0(f"resumed {path} at step {checkpoint['step']}")
-
-
-def restore_rng(checkpoint: dict, place: Place):
-    """Restores the random state of this rank, if the number of ranks is the same."""
-    if len(checkpoint["ranks"]) == place.world:
-        rng = checkpoint["ranks"][place.rank]["rng"]
-        torch.set_rng_state(rng["cpu"])
-        if place.device.type in rng and place.device.type != "cpu":
-            torch.get_device_module(place.device).set_rng_state(rng[place.device.type], place.device)
 
 
 # ---------------------------------------------------------------------------------------------- main

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from data import IMAGE_SUFFIXES, DataError, DetectionDataset, similar_names, valid_boxes
+from data import IMAGE_SUFFIXES, DataError, DetectionDataset
+from layouts import similar_names, valid_boxes
 
 
 def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> DetectionDataset:

@@ -18,11 +18,12 @@ import evaluate
 from backbone import TORCHVISION_PIXELS
 from checkpoint import load_init, load_model, read_checkpoint
 from convert import fcos_from_mmdet, fsaf_from_mmdet, rcnn_from_detectron2
-from data import COCO_CLASSES, COCO_IDS, load_coco
+from data import COCO_CLASSES, COCO_IDS
 from defrcn import DeFRCN
 from faster_rcnn import FasterRCNN
 from fcos import FCOS
 from fsaf import FSAF, base_anchors
+from layouts import load_coco
 from weights import WeightsError, read_weight_file
 
 BASIC = {"backbone": "resnet18", "norm": "frozen", "freeze_at": 2}

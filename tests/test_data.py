@@ -1,4 +1,4 @@
-"""data.py: layouts and what can be wrong with them, images, batches."""
+"""data.py and layouts.py: layouts and what can be wrong with them, images, batches."""
 import json
 import pickle
 import shutil
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import layouts
 from data import (
     CROWD,
     PADDING,
@@ -18,12 +19,10 @@ from data import (
     TrainBatchSampler,
     TrainSamples,
     collate,
-    image_folder,
-    layout,
     load_sample,
-    open_folder,
     resized_shape,
 )
+from layouts import image_folder, layout, open_folder
 from shapes import open_dataset
 
 
@@ -146,7 +145,7 @@ def test_a_long_list_of_invalid_boxes_is_cut(coco):
         content["annotations"] += [{"id": 100 + i, "image_id": 7, "category_id": 5, "bbox": [0, 0, 0, 0]}
                                    for i in range(25)]
     notes = open_folder(coco(change), "train2017").notes
-    assert len(notes) == data.LISTED_PROBLEMS + 2
+    assert len(notes) == layouts.LISTED_PROBLEMS + 2
     assert notes[-2] == "... and 15 more" and notes[-1].startswith("left out 25 invalid boxes of 28")
 
 

@@ -5,17 +5,17 @@ import pytest
 from conftest import ROOT
 
 LAYERS = (("ops", "runtime"),
-          ("data", "yolo", "shapes", "subsets", "backbone", "metrics", "draw", "runlog"),
+          ("data", "layouts", "yolo", "shapes", "subsets", "backbone", "metrics", "draw", "runlog"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),
           ("defrcn", "convert"),
           ("checkpoint", "fewshot"),
-          ("evaluate", "recipes"),
+          ("evaluate", "recipes", "resume"),
           ("train", "peers"),
           ("browse", "export", "benchmark"))
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-WITHIN_A_LAYER = {("shapes", "data"), ("shapes", "yolo"), ("yolo", "data"), ("subsets", "data"),
-                  ("metrics", "data"), ("draw", "data"),
-                  ("convert", "defrcn"), ("fewshot", "checkpoint")}
+WITHIN_A_LAYER = {("layouts", "data"), ("yolo", "data"), ("yolo", "layouts"), ("shapes", "data"),
+                  ("shapes", "layouts"), ("shapes", "yolo"), ("subsets", "data"), ("metrics", "data"),
+                  ("draw", "data"), ("convert", "defrcn"), ("fewshot", "checkpoint")}
 # The files that people copy: no files, no command line, no other code base.
 ALGORITHMS = ("ops", "backbone", "fcos", "fsaf", "faster_rcnn", "defrcn")
 COPIED_TOGETHER = {"fcos": {"backbone", "ops"}, "fsaf": {"backbone", "ops"},

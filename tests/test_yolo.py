@@ -8,7 +8,8 @@ from PIL import Image
 
 import evaluate
 import train
-from data import DataError, default_splits, layout, open_folder
+from data import DataError
+from layouts import default_splits, layout, open_folder
 from recipes import parse_args
 from shapes import open_dataset
 from yolo import _read_yolo_yaml, load_yolo
