@@ -26,8 +26,9 @@ from PIL import Image, ImageDraw
 import faster_rcnn
 import fcos
 import fsaf
+from augment import AUGMENTATIONS
 from checkpoint import load_model
-from data import DetectionDataset, collate, load_sample
+from data import DetectionDataset, TrainSamples, collate, load_sample
 from draw import class_colour, draw_box, enlarge, file_name
 from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
@@ -52,6 +53,21 @@ def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
         mark = " (crowd)" * bool(dataset.crowd[row]) + " (difficult)" * bool(dataset.difficult[row])
         draw_box(canvas, dataset.boxes[row] * zoom, class_colour(label), dataset.names[label] + mark)
     return image
+
+
+def draw_augmented(dataset: DetectionDataset, index: int, min_size: int, max_size: int,
+                   augment: list[str]) -> Image.Image:
+    """One image as the first four epochs see it, with its boxes, in a row."""
+    samples = TrainSamples(dataset, [min_size], max_size, augment=tuple(augment))
+    panels = []
+    for epoch in range(4):
+        sample = samples[epoch, index]
+        image, zoom = enlarge(Image.fromarray(sample["image"]))
+        canvas = ImageDraw.Draw(image)
+        for box, label in zip(sample["boxes"] * zoom, sample["labels"].tolist()):
+            draw_box(canvas, box, class_colour(label), dataset.names[label] if label >= 0 else "crowd")
+        panels.append(image)
+    return _in_a_row(panels)
 
 
 class LevelTargets(NamedTuple):
@@ -158,7 +174,7 @@ def _write(canvas: ImageDraw.ImageDraw, text: str):
 
 
 def _in_a_row(panels: list[Image.Image]) -> Image.Image:
-    width, height = panels[0].size
+    width, height = (max(sides) for sides in zip(*(panel.size for panel in panels)))
     row = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height), "white")
     for i, panel in enumerate(panels):
         row.paste(panel, (i * (width + GAP), 0))
@@ -226,20 +242,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", help="default: that of the layout, such as train2017")
     parser.add_argument("--json", help="COCO-format file, instead of --data; needs --image-dir")
     parser.add_argument("--image-dir", help="folder with the images of --json")
+    parser.add_argument("--augment", nargs="+", choices=AUGMENTATIONS,
+                        help="draw each image as four epochs of a training with this augmentation see it")
     parser.add_argument("--count", type=int, default=8, help="draw the first N images")
     parser.add_argument("--targets", nargs="?", const="fcos", choices=("fcos", "faster_rcnn"),
                         help="draw the targets of this detector instead of the boxes (default: fcos)")
     parser.add_argument("--original", action="store_true", help="targets of the original form of FCOS")
     parser.add_argument("--levels", metavar="CKPT", help="draw the levels that objects select in this FSAF, "
                                                        "or the proposals of this Faster R-CNN")
-    parser.add_argument("--min-size", type=int, help="short side at network size, for --targets and --levels "
+    parser.add_argument("--min-size", type=int, help="short side at network size, for the three above "
                                                      "(default: the checkpoint's, 128 for shapes, else 800)")
     parser.add_argument("--max-size", type=int, help="limit of the long side "
                                                      "(default: the checkpoint's, 128 for shapes, else 1333)")
     parser.add_argument("--out", type=Path, default=Path("runs/browse"))
     args = parser.parse_args()
-    if args.targets and args.levels:
-        parser.error("give --targets or --levels, not both")
+    if sum(map(bool, (args.targets, args.levels, args.augment))) > 1:
+        parser.error("give one of --targets, --levels and --augment, not both")
     for name in ("count", "min_size", "max_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -274,7 +292,10 @@ def main():
     count, selected = min(args.count, len(dataset)), []
     for index in range(count):
         path = args.out / file_name(dataset.image_ids[index])
-        if args.targets:
+        if args.augment:
+            image = draw_augmented(dataset, index, min_size, max_size, args.augment)
+            image.save(f"{path}_augmented.png")
+        elif args.targets:
             image = draw_targets(dataset, index, min_size, max_size, args.original, args.targets)
             image.save(f"{path}_targets.png")
         elif args.levels:

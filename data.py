@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
+from augment import change_colours, random_crop
 from runtime import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
@@ -218,25 +219,35 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: int, flip: bool = False,
-                use_difficult: bool = False) -> dict:
+                use_difficult: bool = False, augment: tuple[str, ...] = (),
+                rng: np.random.Generator | None = None) -> dict:
     """One image and its objects at network size.
 
+    augment: some of `augment.AUGMENTATIONS`, which draw from rng.
     Returns {"image" (h, w, 3) uint8, "boxes" (n, 4) float32 px of the resized image, "labels" (n,) int64,
     "image_id", "index", "original_size" (height, width)}.
     """
     if worker := get_worker_info():
         text = f"image {dataset.image_ids[index]} ({os.fsdecode(dataset.paths[index])})"
         _in_progress[worker.id] = os.getpid(), text.encode()
-    height, width = dataset.sizes[index].tolist()
+    height, width = original_size = dataset.sizes[index].tolist()
     new_height, new_width = resized_shape(height, width, min_size, max_size)
-    image = dataset.image(index, min(height / new_height, width / new_width))
+    shrink = min(height / new_height, width / new_width)
+    image = dataset.image(index, shrink if "crop" not in augment else 1.0)
     boxes, labels = dataset.objects(index, use_difficult)
+    if "crop" in augment:
+        image, boxes, labels = random_crop(image, boxes, labels, rng)
+        width, height = image.size
+        new_height, new_width = resized_shape(height, width, min_size, max_size)
+    if "colour" in augment:
+        image = change_colours(image, rng)
     boxes = boxes * np.array([new_width / width, new_height / height] * 2, np.float32)
     if flip:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
         boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), axis=1)
     return {"image": resize(np.array(image), new_height, new_width), "boxes": boxes, "labels": labels,
-            "image_id": dataset.image_ids[index].item(), "index": index, "original_size": (height, width)}
+            "image_id": dataset.image_ids[index].item(), "index": index,
+            "original_size": tuple(original_size)}
 
 
 # What each loader process is reading, in memory that forked processes share and that survives them.
@@ -321,14 +332,15 @@ def shape_buckets(dataset: DetectionDataset, min_size: int, max_size: int) -> li
 class TrainSamples(Dataset):
     """Augmented samples of a training set. An item is requested as (epoch, index).
 
-    Flip and short side depend on (seed, epoch, index) alone, not on a loader process, a rank or a restart. A
-    broken image becomes a black one without objects, with what is wrong under "broken": the training decides.
+    Flip, short side and augmentation depend on (seed, epoch, index) alone, not on a loader process, a rank or
+    a restart. A broken image becomes a black one without objects, with what is wrong under "broken": the
+    training decides.
     """
 
     def __init__(self, dataset: DetectionDataset, min_sizes: list[int], max_size: int, flip: bool = True,
-                 use_difficult: bool = False, seed: int = 0):
+                 use_difficult: bool = False, seed: int = 0, augment: tuple[str, ...] = ()):
         self.dataset, self.min_sizes, self.max_size = dataset, list(min_sizes), max_size
-        self.flip, self.use_difficult, self.seed = flip, use_difficult, seed
+        self.flip, self.use_difficult, self.seed, self.augment = flip, use_difficult, seed, augment
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -342,7 +354,8 @@ class TrainSamples(Dataset):
         min_size = self.min_sizes[rng.integers(len(self.min_sizes))]
         flip = self.flip and rng.random() < 0.5
         try:
-            return load_sample(self.dataset, index, min_size, self.max_size, flip, self.use_difficult)
+            return load_sample(self.dataset, index, min_size, self.max_size, flip, self.use_difficult,
+                               self.augment, rng)
         except DataError as error:
             height, width = self.dataset.sizes[index].tolist()
             blank = np.zeros((*resized_shape(height, width, min_size, self.max_size), 3), np.uint8)

@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+from augment import AUGMENTATIONS
 from backbone import ARCHITECTURES
 from checkpoint import MODEL_ARGS, read_checkpoint
 from data import MAX_WORKERS
@@ -38,7 +39,7 @@ DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch":
             "use_difficult": False, "generalized": False, "voc_split": 1, "pcb_weights": "resnet101",
             "schedule": "1x", "batch_size": REFERENCE_BATCH, "amp": "off", "loss_scale": "dynamic",
             "compile": False, "device": "auto", "seed": 0, "log_every": 20, "save_every": 1000, "keep": False,
-            "no_eval": False, "pictures": 8, "skip_broken": 0, "torchvision": False}
+            "no_eval": False, "pictures": 8, "skip_broken": 0, "augment": [], "torchvision": False}
 # lr and weight_decay are for SGD. bias_lr and bias_decay multiply them for the biases of layers.
 RECIPES = {
     "fcos": {"lr": 0.01, "weight_decay": 1e-4, "bias_lr": 2.0, "bias_decay": 0.0, "clip": 35.0,
@@ -177,6 +178,7 @@ def make_parser(default) -> Parser:
     data("--min-size", type=int, nargs="+",
          help="short side in px; one of several is drawn per image (default: 800; shapes: 128)")
     data("--max-size", type=int, help="limit of the long side in px (default: 1333; shapes: 128)")
+    data("--augment", nargs="+", choices=AUGMENTATIONS, help="random colours, random crops (default: none)")
     data("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
     data("--drop-empty", action="store_true", help="leave images without objects out of training")
     data("--use-difficult", action="store_true", help="train on VOC's difficult objects")

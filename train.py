@@ -320,7 +320,8 @@ def main():
         model, device_ids=None if device.type == "cpu" else [device.index])
     ddp.broadcast_buffers = args.norm == "batch"  # other buffers are constant
     sampler.start, sampler.stop = start, schedule.max_steps
-    samples = TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed)
+    samples = TrainSamples(train_set, args.min_size, args.max_size, True, args.use_difficult, args.seed,
+                           tuple(args.augment))
     make_batch = partial(collate, size_divisor=model.size_divisor, shapes=shapes,
                          min_objects=train_set.max_objects() if shapes else 1)
     loader = iter(DataLoader(samples, batch_sampler=sampler, num_workers=args.workers, collate_fn=make_batch,

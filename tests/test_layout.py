@@ -4,7 +4,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-LAYERS = (("ops", "runtime"),
+LAYERS = (("ops", "runtime", "augment"),
           ("data", "layouts", "yolo", "shapes", "subsets", "backbone", "metrics", "draw", "runlog"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),
           ("defrcn", "convert"),
