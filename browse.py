@@ -4,6 +4,7 @@
     python browse.py --data coco --split train2017       COCO, VOC or your own data
     python browse.py --data coco --split val2017 --targets --min-size 800 --max-size 1333
     python browse.py --targets faster_rcnn
+    python browse.py --log runs/fcos runs/fsaf           losses, lr and AP over the steps
     python browse.py --levels runs/fsaf/last.pth         or runs/faster_rcnn/last.pth
 
 It prints the class table and every problem in the data, and draws the first images into --out. With --targets
@@ -29,7 +30,7 @@ import fsaf
 from augment import AUGMENTATIONS
 from checkpoint import load_model
 from data import DetectionDataset, TrainSamples, collate, load_sample
-from draw import class_colour, draw_box, enlarge, file_name
+from draw import class_colour, draw_box, draw_runs, enlarge, file_name
 from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
 from fsaf import FSAF, NO_LOSS, STRIDES, level_losses, select_level
@@ -242,6 +243,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", help="default: that of the layout, such as train2017")
     parser.add_argument("--json", help="COCO-format file, instead of --data; needs --image-dir")
     parser.add_argument("--image-dir", help="folder with the images of --json")
+    parser.add_argument("--log", type=Path, nargs="+", metavar="RUN",
+                        help="draw losses, lr and AP of these runs over their steps, in OUT/curves.png")
     parser.add_argument("--augment", nargs="+", choices=AUGMENTATIONS,
                         help="draw each image as four epochs of a training with this augmentation see it")
     parser.add_argument("--count", type=int, default=8, help="draw the first N images")
@@ -266,6 +269,10 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
+    if args.log:
+        make_folder(args.out)
+        draw_runs(args.log, args.out / "curves.png")
+        return print(f"curves of {len(args.log)} runs in {args.out / 'curves.png'}")
     trained = names = model = None
     if args.levels:
         model, info = load_model(args.levels)

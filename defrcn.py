@@ -209,6 +209,7 @@ def calibrate(scores: Tensor, labels: Tensor, features: Tensor, prototypes: Tens
               window: tuple[float, float] = CALIBRATION_WINDOW) -> Tensor:
     """Calibrated scores: alpha * score + (1 - alpha) * cosine similarity of detection and prototype.
 
+    `fewshot.Calibration` calls it, between detecting and scoring.
     scores: (N,); labels: (N,) int64; features: (N, D) of the detections; prototypes: (C, D). N may be 0.
     excluded: (C,) bool, classes that keep their scores (base classes).
     Scores outside the window and scores of classes without shots do not change.

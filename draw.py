@@ -1,11 +1,12 @@
-"""Boxes on images."""
+"""Boxes on images; curves of runs and of precision over recall, with matplotlib if it is installed."""
 import colorsys
+import json
 import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data import DetectionDataset
+from data import DataError, DetectionDataset
 
 ENLARGED = 512  # px; smaller images are drawn at a multiple of their size that fits in this
 GOLDEN_ANGLE = 0.381966  # as a fraction of the colour wheel
@@ -71,3 +72,63 @@ def enlarge(image: Image.Image) -> tuple[Image.Image, int]:
 def file_name(image_id: int | str) -> str:
     """An image id as a file name without its suffix. Ids may contain folders."""
     return re.sub(r"[^\w.-]", "_", str(image_id))
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+def _figure(rows: int, columns: int):
+    """A figure of matplotlib and its axes. Raises DataError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError as error:
+        raise DataError(f"curves need matplotlib: pip install matplotlib ({error})") from error
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
+
+
+def draw_runs(folders: list[Path], path: Path):
+    """Draws what log.jsonl of every run holds over its steps: each loss term, the lr, AP and AP50.
+
+    Raises DataError for a run without log.jsonl, or if matplotlib is missing.
+    """
+    runs = {}
+    for folder in folders:
+        if not (folder / "log.jsonl").is_file():
+            raise DataError(f"{folder}: has no log.jsonl, so it is no run of train.py")
+        runs[str(folder)] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    other = ("step", "epoch", "data_s", "step_s", "images_per_s", "memory_gb", "eta_s", "graphs")
+    names = dict.fromkeys(name for rows in runs.values() for row in rows if "loss" in row
+                          for name in row if name not in other)
+    figure, axes = _figure(-(-(len(names) + 1) // 3), 3)
+    for axis, name in zip(axes, [*names, "AP"]):
+        for folder, rows in runs.items():
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), marker="." if name == "AP" else None, label=folder)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    for axis in axes[len(names) + 1:]:
+        axis.set_axis_off()
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def draw_precision_recall(curves: dict[str, dict], path: Path):
+    """Draws precision over recall of every class. curves: from `metrics.precision_recall`.
+
+    A dot marks the threshold with the best F1. Raises DataError if matplotlib is missing.
+    """
+    figure, (axis,) = _figure(1, 1)
+    figure.set_size_inches(7, 6)
+    for i, (name, curve) in enumerate(curves.items()):
+        if curve["threshold"] is None:
+            continue
+        colour = [value / 255 for value in class_colour(i)]
+        axis.plot(curve["recall"], curve["precision"], color=colour,
+                  label=f"{name}: F1 {curve['f1']:.2f} at {curve['threshold']:.2f}")
+        best = curve["recall"].index(curve["best_recall"])
+        axis.plot(curve["best_recall"], curve["precision"][best], "o", color=colour)
+    axis.set(xlabel="recall", ylabel="precision, IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower left")
+    figure.savefig(path, dpi=110)

@@ -52,11 +52,11 @@ from data import (
     resized_shape,
     upright_rgb,
 )
-from draw import DRAW_THRESHOLD, draw_detections
+from draw import DRAW_THRESHOLD, draw_detections, draw_precision_recall
 from faster_rcnn import FasterRCNN
 from fewshot import checkpoint_scoring
 from layouts import default_splits, image_folder, layout
-from metrics import ClassGroups, group_means, proposal_recall, read_results, score, shown
+from metrics import ClassGroups, group_means, precision_recall, proposal_recall, read_results, score, shown
 from ops import nms
 from runlog import Progress
 from shapes import open_dataset
@@ -73,6 +73,7 @@ class EvalSettings(NamedTuple):
     pad_to: tuple[int, int] | None = None  # one fixed network input size (height, width)
     pictures: int = 8  # how many images are drawn
     draw_threshold: float = DRAW_THRESHOLD
+    curves: bool = False  # whether precision over recall is drawn
 
 
 # ---------------------------------------------------------------------------------------------- detections
@@ -172,8 +173,19 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in milliseconds.items()}
     print0("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
+    if settings.curves:
+        score_curves(dataset, results, out)
     draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold)
     return metrics
+
+
+def score_curves(dataset: DetectionDataset, results: list[dict], out: Path):
+    """Prints the threshold with the best F1 of every class; writes curves_pr.json and curves_pr.png."""
+    curves = precision_recall(dataset, results)
+    for name, curve in curves.items():
+        print0(f"{name}: best F1 {shown(curve['f1'])} at a score of {shown(curve['threshold'])}")
+    write_json(out / "curves_pr.json", curves)
+    draw_precision_recall(curves, out / "curves_pr.png")
 
 
 def _score_with_groups(dataset: DetectionDataset, results: list[dict], groups: ClassGroups | None,
@@ -221,6 +233,8 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--max-detections", type=int, help="the best N of each image (default: 100)")
     run.add_argument("--draw-threshold", type=float, default=DRAW_THRESHOLD,
                      help=f"draw detections with at least this score (default: {DRAW_THRESHOLD})")
+    run.add_argument("--curves", action="store_true", help="draw precision over recall (curves_pr.png), print"
+                                                           " the threshold with the best F1 of each class")
     run.add_argument("--proposals-recall", action="store_true",
                      help="score the proposals of a two-stage detector, not its detections")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
@@ -296,14 +310,18 @@ def detect_image(model: torch.nn.Module, info: dict, image: str | Path | Image.I
         dataset = image_folder(Path(image), info["names"], info["category_ids"])
         sample = load_sample(dataset, 0, min_size, max_size)
     elif isinstance(image, Image.Image):
-        image = upright_rgb(image)
+        try:
+            image = upright_rgb(image)
+        except OSError as error:  # Pillow reads the pixels only now
+            raise DataError(f"the Pillow image cannot be read ({error})") from error
         shape = resized_shape(image.height, image.width, min_size, max_size)
         sample = {"image": resize(np.array(image), *shape), "original_size": image.size[::-1], "image_id": 0,
                   "index": 0, "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
     else:
         raise TypeError(f"detect_image takes a path or a Pillow image (for an RGB array: "
                         f"Image.fromarray(array)), not {type(image).__name__}")
-    batch = collate([sample], model.size_divisor)
+    pad_to = info["args"]["pad_to"]
+    batch = collate([sample], model.size_divisor, [pad_to] if pad_to else None)
     device = model.pixel_mean.device
     found = model(batch["images"].to(device), batch["sizes"].to(device))[0]
     scale = (batch["original_sizes"][0] / batch["sizes"][0]).flip(0).repeat(2)  # of x and y
@@ -315,7 +333,7 @@ def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
                 settings: EvalSettings):
     """Writes the detections of images without annotations, a drawing of each image, and classes.json.
 
-    classes.json names the classes and the settings. Raises SystemExit at the end if images were left out.
+    classes.json names the classes, the settings and the images that were left out.
     """
     results, _ = detect(model, dataset, place, settings)
     if place.rank == 0:
@@ -359,6 +377,8 @@ def score_file(args: argparse.Namespace):
     dataset = open_dataset(args.data or "", split, args.json, args.image_dir)
     results = read_results(args.detections)
     write_json(out / "metrics.json", score(dataset, results))
+    if args.curves:
+        score_curves(dataset, results, out)
     draw_detections(dataset, results, out / "pictures", args.pictures, args.draw_threshold)
 
 
@@ -382,7 +402,7 @@ def main():
         min_size=args.min_size or max(trained["min_size"]), max_size=args.max_size or trained["max_size"],
         batch_size=args.batch_size, workers=args.workers, amp=AMP[args.amp],
         pad_to=args.pad_to or trained["pad_to"], pictures=len(dataset) if args.images else args.pictures,
-        draw_threshold=args.draw_threshold)
+        draw_threshold=args.draw_threshold, curves=args.curves)
     if settings.pad_to:
         check_pad_to(dataset, [settings.min_size], settings.max_size, settings.pad_to)
     print0(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "

@@ -162,7 +162,7 @@ def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
 
 def rpn_losses(objectness: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
                sample_order: Callable = random_priorities) -> dict[str, Tensor]:
-    """Objectness loss and box loss of RPN_SAMPLES sampled anchors per image, divided by their number (Eq. 1).
+    """Objectness and box loss of sampled anchors, divided by RPN_SAMPLES times the number of images (Eq. 1).
 
     objectness: (B, N) logits; deltas: (B, N, 4); anchors: (N, 4) px; gt_boxes: (B, G, 4) px;
     gt_labels: (B, G) int64, < 0 for padding and crowds. sample_order: see `FasterRCNN`.
@@ -260,7 +260,7 @@ def pool_rois(features: list[Tensor], rois: Tensor, size: int) -> Tensor:
     """
     level = roi_levels(rois)
     # Every level sees all RoIs, so that the shapes are fixed. A RoI of another level loses its area: it has
-    # no samples, costs next to nothing, and its features are 0.
+    # no samples, costs torchvision's kernel next to nothing, and its features are 0.
     return sum(roi_align(feature, torch.where((level == i)[..., None], rois, 0.0), size, 1 / stride)
                for i, (feature, stride) in enumerate(zip(features, STRIDES)))
 
@@ -349,9 +349,10 @@ class FasterRCNN(nn.Module):
 
     num_classes: without background. backbone, caffe, norm, freeze_at: see `backbone.ResNet`. fpn_channels: of
     the pyramid. pool_size: side of the RoIAlign grid. roi_samples: RoIs per image in training.
-    post_nms_top_k: number of proposals in training, at inference. None for one of these two takes the value
-    of the form. sample_order: function (count, device) -> priorities (count,) of anchors and of RoIs, see
-    `random_priorities`. predictor: class or function (channels, num_classes) -> `Predictor`.
+    post_nms_top_k: number of proposals in training, at inference. None for pool_size or post_nms_top_k takes
+    the published value of the form. score_threshold: of detections. sample_order: function (count, device) ->
+    priorities (count,) of anchors and of RoIs, see `random_priorities`. predictor: class or function
+    (channels, num_classes) -> `Predictor`.
 
     images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width before padding;
     gt_boxes (B, G, 4) px; gt_labels (B, G) int64, -1 = padding, -2 = crowd.

@@ -135,7 +135,7 @@ def fcos_targets(points: Tensor, strides: Tensor, ranges: Tensor, gt_boxes: Tens
     Returns labels (P,) int64, -1 = background; ltrb (P, 4) px, 1 at background points; index of the object
     (P,) int64, -1 = background.
     """
-    if gt_boxes.shape[0] == 0:  # a branch on a shape, not on a value; min needs at least one column
+    if gt_boxes.shape[0] == 0:  # min needs a column; a branch on a shape still compiles
         gt_boxes, gt_labels = gt_boxes.new_zeros(1, 4), gt_labels.new_full((1,), -1)
     x, y = points[:, 0, None], points[:, 1, None]
     x1, y1, x2, y2 = gt_boxes.float().unbind(-1)

@@ -253,7 +253,7 @@ def matched_targets(gt_index: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> tu
     """Label and box of the object that every point or anchor learns.
 
     gt_index: (B, P) int64, negative = no object; gt_boxes: (B, G, 4), gt_labels: (B, G), G > 0.
-    Returns labels (B, P), -1 = no object, and boxes (B, P, 4), which mean nothing there.
+    Returns labels (B, P), -1 = no object, and boxes (B, P, 4), meaningless where there is no object.
     """
     index = gt_index.clamp(min=0)
     labels = torch.where(gt_index >= 0, gt_labels.gather(1, index), -1)
@@ -502,7 +502,7 @@ class FSAF(nn.Module):
 
     def anchor_matches(self, anchors: Tensor, shapes: list[tuple[int, int]], sizes: Tensor, gt_boxes: Tensor,
                        gt_labels: Tensor) -> Tensor:
-        """`match_anchors` of every image (B, N); an anchor is valid where its point is."""
+        """`match_anchors` of every image (B, N); an anchor is valid if its point is."""
         valid = valid_points(all_points(shapes, sizes.device)[0], sizes)
         valid = valid.repeat_interleave(self.base_anchors.shape[1], dim=1)
         return torch.stack([match_anchors(anchors, *gt, FOREGROUND_IOU, BACKGROUND_IOU, image_valid)

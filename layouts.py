@@ -29,7 +29,8 @@ def layout(data: str) -> str:
     """What --data names: "shapes", "voc", "coco", "roboflow" or "yolo", found by looking. Raises DataError.
 
     A new layout needs a name here, its splits in `default_splits`, a branch in `open_folder` and a function
-    like `load_voc`, which returns a DetectionDataset.
+    like `load_voc`, which returns a DetectionDataset. A reader in a file of its own, like yolo.py, is called
+    from `shapes.open_dataset`.
     """
     if data == "shapes":
         return "shapes"
@@ -122,7 +123,7 @@ def image_folder(patterns: Path | list[str], names: list[str], category_ids: lis
     return dataset
 
 
-def _refuse_duplicates(values: list, what: str, source, hint: str = ""):
+def refuse_duplicates(values: list, what: str, source, hint: str = ""):
     if len(set(values)) < len(values):
         value, count = Counter(values).most_common(1)[0]
         raise DataError(f"{source}: {what} {value!r} occurs {count} times{hint}")
@@ -215,7 +216,7 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     image_ids = np.array(list(index_of))
     if image_ids.tolist() != list(index_of):
         raise DataError(f"{source}: image ids must be all text or all numbers below 2^63")
-    _refuse_duplicates([image["id"] for image in images], "image id", source,
+    refuse_duplicates([image["id"] for image in images], "image id", source,
                        ". The files number their images alike: give every image an id of its own")
     notes = [f"{file}: annotation id 0 (image {a['image_id']}): pycocotools ignores it, scoring here does not"
              for a, file in zip(annotations, files) if a["id"] == 0]
@@ -275,10 +276,10 @@ def _read_coco_file(path: Path) -> dict:
     images, categories = content["images"], content["categories"]
     if not images or not categories:
         raise DataError(f"{path}: has {len(images)} images and {len(categories)} categories")
-    _refuse_duplicates([category["id"] for category in categories], "category id", path)
-    _refuse_duplicates([category["name"] for category in categories], "category name", path)
-    _refuse_duplicates([image["id"] for image in images], "image id", path)
-    _refuse_duplicates([a["id"] for a in content["annotations"]], "annotation id", path)
+    refuse_duplicates([category["id"] for category in categories], "category id", path)
+    refuse_duplicates([category["name"] for category in categories], "category name", path)
+    refuse_duplicates([image["id"] for image in images], "image id", path)
+    refuse_duplicates([a["id"] for a in content["annotations"]], "annotation id", path)
     for image in images:
         if not (1 <= image["width"] < math.inf and 1 <= image["height"] < math.inf):
             raise DataError(f"{path}: image {image['id']}: width {image['width']}, height {image['height']}")
@@ -334,7 +335,7 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
             sizes.append(size or read_image(path).size[::-1])
     if not image_ids:
         raise DataError(f"{root}: the split {split} lists no images")
-    _refuse_duplicates(image_ids, "image", root)
+    refuse_duplicates(image_ids, "image", root)
     _refuse_missing_images(paths, f"{root} {split}")
     if names is None:
         found_names = {obj["name"] for obj in objects}

@@ -161,6 +161,32 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
     return metrics
 
 
+def precision_recall(dataset: DetectionDataset, results: list[dict]) -> dict[str, dict]:
+    """Precision over recall at IoU 0.5 of every class, and the score threshold with the best F1.
+
+    Returns {class name: {"recall" and "precision" (101), "threshold", "f1", "best_recall"}}; the last three
+    are None for a class that is never found. Precision is pycocotools': the best at that recall or beyond.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _ground_truth(dataset)
+        detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
+        evaluation = COCOeval(truth, detections, "bbox")
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.evaluate()
+        evaluation.accumulate()
+    recall, curves = evaluation.params.recThrs, {}
+    for i, category in enumerate(sorted(dataset.category_ids)):
+        precision = evaluation.eval["precision"][0, :, i, 0, -1]
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+        best = int(f1.argmax())
+        found = precision.max() > 0
+        curves[dataset.names[dataset.category_ids.index(category)]] = {
+            "recall": recall.tolist(), "precision": precision.clip(0).tolist(),
+            "threshold": float(evaluation.eval["scores"][0, best, i, 0, -1]) if found else None,
+            "f1": float(f1[best]) if found else None, "best_recall": float(recall[best]) if found else None}
+    return {name: curves[name] for name in dataset.names}
+
+
 def proposal_recall(dataset: DetectionDataset, proposals: list[dict]) -> dict[str, float | None]:
     """Share of the objects that proposals cover, a mean over the IoUs 0.5 to 0.95, whatever the class.
 

@@ -185,7 +185,7 @@ def make_parser(default) -> Parser:
     data("--workers", type=int, help="loader processes per rank (default: up to 4)")
     data("--verify-images", action=argparse.BooleanOptionalAction,
          help=f"decode every image before step 1 (default: for fewer than {VERIFY_BELOW} images)")
-    data("--skip-broken", type=int, metavar="N", help="go on with up to N broken images (default: 0)")
+    data("--skip-broken", type=int, metavar="N", help="go on with up to N broken images a rank (default: 0)")
     few = parser.add_argument_group("few-shot (--model defrcn or faster_rcnn)")
     few.add_argument("--stage", choices=("base", "novel"),
                      help="train on the base classes, or fine-tune (--init) on K shots of the novel ones")

@@ -53,9 +53,13 @@ def save_training(step: int, state: TrainingState, args: argparse.Namespace, tra
 
 def save_best(step: int, metrics: dict, state: TrainingState, args: argparse.Namespace,
               train_set: DetectionDataset):
-    """Writes best.pth if the AP is the best of the run so far: weights without the state of the training."""
+    """Writes best.pth if the AP is the best of the run so far: weights without the state of the training.
+
+    A best.pth of this or of a later step was left by a run that was resumed before that step.
+    """
     path, ap = args.out / "best.pth", metrics["AP"] or 0.0
-    if not path.exists() or ap > torch.load(path, "cpu", weights_only=True)["AP"]:
+    best = torch.load(path, "cpu", weights_only=True) if path.exists() else {"AP": -1.0, "step": 0}
+    if ap > best["AP"] or best["step"] >= step:
         save_checkpoint(path, {"model": state.model.state_dict(), "step": step, "args": saved_form(args),
                                "names": train_set.names, "category_ids": train_set.category_ids, "AP": ap})
 

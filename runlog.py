@@ -58,6 +58,7 @@ class RunLog:
         self.logged, self.loss_sums = start, {}  # the step of the last line; sums of losses since then
         self.data_seconds, self.clock, self.file = 0.0, time.perf_counter(), None
         self.broken = set()  # messages of the images that this rank could not read
+        self.sums_before = {}  # loss_sums before the current step
 
     def open(self):
         """Opens log.jsonl, see `open_log`, and log.txt, which gets what the screen shows. Rank 0 only."""
@@ -102,7 +103,8 @@ class RunLog:
         if self.file:
             print(json.dumps(row), file=self.file, flush=True)
         if done == max_steps and self.broken:
-            print("\n".join([f"rank {self.place.rank} skipped broken images:", *sorted(self.broken)]))
+            show = print0 if self.place.rank == 0 else print
+            show("\n".join([f"rank {self.place.rank} skipped broken images:", *sorted(self.broken)]))
         self.loss_sums, self.data_seconds, self.logged = {}, 0.0, done
         self.restart_clock()
 
@@ -140,7 +142,8 @@ class Progress:
 
 
 def open_log(args: argparse.Namespace, start: int):
-    """log.jsonl, locked. A run resumed in its own folder continues it. Other runs keep the old files."""
+    """log.jsonl, locked. A run resumed in its own folder continues it. Another run
+    renames the old files to earlierN_..."""
     path = args.out / "log.jsonl"
     if path.exists():
         with open(path, "a") as file:  # before anything is moved

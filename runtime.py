@@ -243,5 +243,5 @@ def _fails_first() -> bool:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(seconds=10))
         return store.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except (RuntimeError, ValueError, KeyError):  # rank 0 kept the store and is gone
+    except (RuntimeError, ValueError, KeyError):  # rank 0 held the store and has ended
         return int(os.environ["RANK"]) == 0

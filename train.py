@@ -115,7 +115,7 @@ def micro_batches_per_step(args: argparse.Namespace, world: int) -> int:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, bias_lr: float,
                      bias_decay: float) -> list[dict]:
-    """Two optimizer groups: the biases of layers, and all other parameters that train.
+    """Two optimizer groups: the biases of convolutions and linear layers, and all others that train.
 
     The lr and the decay of the biases are bias_lr and bias_decay times those of the rest. As in mmdetection
     2.x, the weight and bias of a norm layer belong to the rest.
@@ -194,7 +194,8 @@ def verified_broken(args: argparse.Namespace, train_set: DetectionDataset,
 
     Raises DataError if they are more than --skip-broken, or if an image to be scored is broken.
     """
-    datasets = [dataset for dataset in (train_set, val_set) if dataset and args.data != "shapes"
+    on_disk = args.data != "shapes" or args.train_json
+    datasets = [dataset for dataset in (train_set, val_set) if dataset and on_disk
                 and (len(dataset) < VERIFY_BELOW if args.verify_images is None else args.verify_images)]
     broken = [broken_images(dataset, Progress) for dataset in datasets]
     for dataset, messages in zip(datasets, broken):
@@ -243,7 +244,7 @@ def make_model(args: argparse.Namespace, checkpoint: dict | None, names: list[st
 # ---------------------------------------------------------------------------------------------- main
 
 def any_rank(flags: list[torch.Tensor], world: int) -> list[bool]:
-    """Which flags, () bool each, are set on any rank. A step waits for the device only here."""
+    """Which flags, () bool each, are set on any rank. A step waits here, and in the NMS of proposals."""
     flags = torch.stack(flags).float()
     if world > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -252,7 +253,8 @@ def any_rank(flags: list[torch.Tensor], world: int) -> list[bool]:
 
 def fail_broken(step: int, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
                 place: Place):
-    """Saves the last finished step and ends all ranks; a rank with broken images names the first of them."""
+    """Saves the last finished step and ends all ranks; one with too many broken images names one of them."""
+    state.log.loss_sums = state.log.sums_before  # without the step that is given up
     save_training(step, state, args, train_set, place)
     if len(state.log.broken) <= args.skip_broken:
         time.sleep(2)  # torchrun stops all ranks when one ends: the one with the reason comes first
@@ -335,13 +337,15 @@ def main():
         lr = learning_rate(step, schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        image_ids = []
+        image_ids, log.sums_before = [], dict(log.loss_sums)
         for micro in range(accumulate):
             waited = time.perf_counter()
             batch = next(loader)
             log.data_seconds += time.perf_counter() - waited
             image_ids += batch["image_ids"]
             log.broken |= set(batch["broken"])
+            if world == 1 and len(log.broken) > args.skip_broken:  # several ranks first finish the step
+                fail_broken(step, state, args, train_set, place)
             images, sizes, gt_boxes, gt_labels = (batch[key].to(device, non_blocking=True) for key in
                                                   ("images", "sizes", "gt_boxes", "gt_labels"))
             images = images.contiguous(memory_format=layout)

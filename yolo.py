@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from data import IMAGE_SUFFIXES, DataError, DetectionDataset
-from layouts import similar_names, valid_boxes
+from layouts import refuse_duplicates, similar_names, valid_boxes
 
 
 def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> DetectionDataset:
@@ -22,19 +22,22 @@ def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> 
     label file has no object. names: the classes of a model. An invalid box is left out and described in the
     notes; any other mistake raises DataError.
     """
-    path = sorted(root.glob("*.yaml"), key=lambda path: path.name != "data.yaml")[0]
+    path = sorted(root.glob("*.yaml"), key=lambda path: (path.name != "data.yaml", path.name))[0]
     content = _read_yolo_yaml(path)
     found_names = content.get("names")
     if not isinstance(found_names, list) or not found_names:
         raise DataError(f"{path}: it must list the class names under 'names'")
+    refuse_duplicates(found_names, "class name", path)
     if names and names != found_names:
         raise DataError(f"{path}: not the model's classes: the file has {found_names}, the model {names}")
     notes, paths, sizes, rows, image_index, places = similar_names(found_names, path), [], [], [], [], []
     for split in splits:
         for image in _images_of_split(root, path, content, split):
-            label = Path("/labels/".join(str(image).rsplit("/images/", 1))).with_suffix(".txt")
+            label = _label_file(image)
             lines = label.read_text().splitlines() if label.is_file() else []
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 rows.append(_object_of_line(line, len(found_names), f"{label}: line {number}"))
                 image_index.append(len(paths))
                 places.append(f"{label}: line {number}")
@@ -52,6 +55,7 @@ def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> 
     boxes = np.where((boxes > -1) & (boxes < limit + 1), boxes.clip(0, limit), boxes)
     valid = valid_boxes(boxes, (half > 0).all(axis=1), sizes[image_index], lambda i: places[i], notes)
     ids = [os.path.relpath(p, root) for p in paths]
+    refuse_duplicates(ids, "image", path)
     return DetectionDataset(found_names, range(len(found_names)), image_ids=ids, paths=paths, sizes=sizes,
                             boxes=boxes[valid], classes=rows[valid, 0].astype(np.int64),
                             image_index=image_index[valid], notes=notes)
@@ -59,15 +63,27 @@ def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> 
 
 def _images_of_split(root: Path, path: Path, content: dict, split: str) -> list[Path]:
     """Image files of a split. path, content: the .yaml file. Raises DataError if there is no folder."""
-    written = content.get(split) or content.get({"val": "valid", "valid": "val"}.get(split, ""))
-    places = [root / "images" / split, root / split / "images"]
-    if isinstance(written, str):
-        places = [root / str(content.get("path", "")) / written, root / written.removeprefix("../"), *places]
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
-        raise DataError(f"{path}: no image folder for the split {split!r}: looked for "
-                        f"{', '.join(map(str, places))}")
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    written = content.get(split) or content.get({"val": "valid", "valid": "val"}.get(split, "")) or [None]
+    files = []
+    for folder in [written] if isinstance(written, str) else written:
+        places = [root / "images" / split, root / split / "images"]
+        if folder:
+            written_root = root / str(content.get("path", ""))
+            places = [written_root / folder, root / folder.removeprefix("../"), *places]
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise DataError(f"{path}: no image folder for the split {split!r}: looked for "
+                            f"{', '.join(map(str, places))}")
+        files += sorted(file for file in found.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return files
+
+
+def _label_file(image: Path) -> Path:
+    """The last folder named images on the way to the image, replaced by labels."""
+    parts = list(image.parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 1 - parts[::-1].index("images", 1)] = "labels"
+    return Path(*parts).with_suffix(".txt")
 
 
 def _object_of_line(line: str, num_classes: int, place: str) -> list[float]:
@@ -82,25 +98,42 @@ def _object_of_line(line: str, num_classes: int, place: str) -> list[float]:
 
 
 def _read_yolo_yaml(path: Path) -> dict:
-    """The keys of a YOLO file: text, or lists of text. It reads the part of YAML that these files use."""
-    content, key = {}, None
+    """The keys of a YOLO file: text, or lists of text. It reads the part of YAML that these files use.
+
+    Names as "0: cat" are sorted by their numbers. Raises DataError if these are not 0, 1, 2, ...
+    """
+    content, key, text = {}, None, ""
     for line in path.read_text(encoding="utf-8").splitlines():
-        text = re.sub(r"(^|\s)#.*", "", line).rstrip()
-        if not text:
-            continue
-        if item := re.match(r"\s+-\s*(.+)|-\s+(.+)|\s+\d+\s*:\s*(.+)", text):  # "- cat" or "0: cat"
-            content.setdefault(key, [])
-            if isinstance(content[key], list):
-                content[key].append(next(filter(None, item.groups())).strip("'\" "))
-        elif pair := re.match(r"(\w+)\s*:\s*(.*)", text):
+        text += re.sub(r"(^|\s)#.*", "", line).rstrip()
+        if text.count("[") > text.count("]") or text.count("{") > text.count("}"):
+            continue  # a list over several lines
+        if pair := re.match(r"(\w+)\s*:\s*(.*)", text) if not re.match(r"\d", text) else None:
             key, value = pair[1], pair[2].strip()
             if value.startswith(("[", "{")):
-                parts = re.findall(r"'([^']*)'|\"([^\"]*)\"|([^,\[\]{}]+)", value[1:-1])
-                values = [next(filter(None, part), "").strip() for part in parts]
-                content[key] = [re.sub(r"^\d+\s*:\s*", "", v).strip("'\" ") for v in values if v]
+                content[key] = [_item(match) for match in ITEM.finditer(value[1:-1])]
             elif value:
                 content[key] = value.strip("'\"")
+        elif text.strip():
+            items = content.setdefault(key, [])
+            if isinstance(items, list):
+                items.append(_item(ITEM.match(text.strip().removeprefix("- "))))
+        text = ""
+    for key, items in content.items():
+        if isinstance(items, list):
+            numbers = [number for number, _ in items if number is not None]
+            if numbers and sorted(numbers) != list(range(len(items))):
+                raise DataError(f"{path}: the numbers of {key} are not 0 to {len(items) - 1}")
+            content[key] = [text for _, text in (sorted(items) if numbers else items)]
     return content
+
+
+# An entry of a list: quoted or not, with or without a number in front.
+ITEM = re.compile(r"""\s*(?:(\d+)\s*:\s*)?(?:'([^']*)'|"([^"]*)"|([^,'"\s][^,]*))\s*(?:,|$)""")
+
+
+def _item(match: re.Match) -> tuple[int | None, str]:
+    number, *texts = match.groups()
+    return number and int(number), next(text for text in texts if text is not None).strip()
 
 
 def _size_of_image(path: Path) -> tuple[int, int]:

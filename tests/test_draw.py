@@ -1,8 +1,14 @@
-"""draw.py: detections drawn on images."""
+"""draw.py: detections drawn on images, curves."""
+import json
+import sys
+
 import numpy as np
+import pytest
 from PIL import Image
 
-from draw import class_colour, draw_detections, file_name
+import browse
+from data import DataError
+from draw import class_colour, draw_detections, draw_precision_recall, file_name
 from shapes import open_dataset
 
 
@@ -24,3 +30,23 @@ def test_drawings_show_objects_and_detections(tmp_path):
 
 def test_ids_with_folders_become_file_names():
     assert file_name("set/a b.jpg") == "set_a_b.jpg" and file_name(7) == "7"
+
+
+def test_curves_of_runs_and_of_precision(tmp_path, in_process, mistake):
+    pytest.importorskip("matplotlib")
+    for run, factor in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / run).mkdir()
+        rows = [{"step": step, "epoch": 0.1, "loss": factor / step, "cls": 1.0, "lr": 0.1, "step_s": 1.0}
+                for step in range(1, 9)] + [{"step": 8, "AP": factor / 2, "AP50": None, "per_class": {}}]
+        (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "curves of 2 runs" in in_process(browse.main, "--log", "a", "b", "--out", "out")
+    image = np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("RGB")).astype(int)
+    for colour in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two
+        assert (abs(image - colour).max(axis=-1) < 12).sum() > 100
+    assert "c: has no log.jsonl" in mistake(browse.main, "--log", "a", "c")
+
+
+def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DataError, match="curves need matplotlib: pip install matplotlib"):
+        draw_precision_recall({}, tmp_path / "x.png")

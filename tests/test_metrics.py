@@ -12,7 +12,17 @@ from pycocotools.cocoeval import COCOeval
 
 import metrics
 from data import DataError, DetectionDataset
-from metrics import METRICS, group_means, proposal_recall, read_results, score, shown, voc_ap50
+from draw import draw_precision_recall
+from metrics import (
+    METRICS,
+    group_means,
+    precision_recall,
+    proposal_recall,
+    read_results,
+    score,
+    shown,
+    voc_ap50,
+)
 from shapes import open_dataset
 
 
@@ -45,6 +55,21 @@ def test_classes_without_objects_are_not_counted():
     metrics = score(dataset_of([[10, 10, 30, 30]], [0], [0]), [found(11, [10, 10, 30, 30], 0.9)])
     assert metrics["per_class"] == {"a": pytest.approx(1.0), "b": None}
     assert metrics["AP"] == pytest.approx(1.0)
+
+
+def test_the_threshold_with_the_best_f1_by_hand(tmp_path):
+    boxes = [[10, 10, 30, 30], [40, 40, 60, 60], [70, 10, 90, 30]]
+    dataset = dataset_of(boxes, [0, 0, 0], [0, 0, 0])
+    results = [found(11, boxes[0], 0.9), found(11, boxes[1], 0.7), found(11, [0, 70, 9, 90], 0.6),
+               found(11, [0, 40, 9, 60], 0.5), found(11, [20, 70, 29, 90], 0.45), found(11, boxes[2], 0.4)]
+    curves = precision_recall(dataset, results)
+    # F1: 0.5 from 0.9 on, 0.8 from 0.7 on, 2 / (1 + 6 / 3) = 0.667 with all six.
+    assert curves["a"]["threshold"] == pytest.approx(0.7)
+    assert curves["a"]["f1"] == pytest.approx(0.8, abs=0.01)
+    assert curves["b"]["threshold"] is None and len(curves["b"]["recall"]) == 101
+    pytest.importorskip("matplotlib")
+    draw_precision_recall(curves, tmp_path / "pr.png")
+    assert (tmp_path / "pr.png").stat().st_size > 5000
 
 
 def test_recall_of_proposals_by_hand(monkeypatch):

@@ -69,6 +69,31 @@ def test_the_ways_to_write_the_names(tmp_path, text):
     assert len(load_yolo(tmp_path, ["val"])) == 1
 
 
+def test_lists_over_lines_numbers_out_of_order_and_quotes(tmp_path):
+    for text, names in (("names: [cat, dog,\n  bird, cow]\n", ["cat", "dog", "bird", "cow"]),
+                        ("names:\n  1: dog\n  0: cat\n", ["cat", "dog"]),
+                        ("names: {1: dog, 0: 'a, b'}\nnc: 2\n", ["a, b", "dog"]),
+                        ("names: ['x', 'a, b', \"c\"] # three\n", ["x", "a, b", "c"]),
+                        ("names:\n  - traffic light\n  - 'it: self'\n", ["traffic light", "it: self"])):
+        assert load_yolo(yolo(tmp_path, text), ["train"]).names == names, text
+    for text, complaint in (("names: {0: cat, 2: dog}\n", "the numbers of names are not 0 to 1"),
+                            ("names: [cat, cat]\n", "class name 'cat' occurs 2 times")):
+        with pytest.raises(DataError, match=complaint):
+            load_yolo(yolo(tmp_path, text), ["train"])
+    with pytest.raises(DataError, match="image 'images/train/a.jpg' occurs 2 times"):
+        load_yolo(yolo(tmp_path), ["train", "train"])
+    both = yolo(tmp_path, "names: [cat, dog]\ntrain: [images/train, images/val]\n")
+    assert len(load_yolo(both, ["train"])) == 3
+    (tmp_path / "labels/val/c.txt").write_text("\n1 0.5 0.5 1 1\n\n")
+    assert len(load_yolo(both, ["train"]).boxes) == 3
+
+
+def test_labels_are_found_from_the_folder_itself(tmp_path, monkeypatch):
+    yolo(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_dataset(".", "train").boxes) == 2
+
+
 def test_splits_that_hold_their_images_and_labels(tmp_path):
     write_images(tmp_path, ["train/images/a.jpg", "valid/images/b.jpg"])
     (tmp_path / "train/labels").mkdir()
