@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from data import IMAGE_SUFFIXES, VOC_CLASSES, DataError, DetectionDataset, read_image, try_images
+from runtime import print0
 
 LISTED_PROBLEMS = 10  # invalid boxes that are described one by one, before "... and N more"
 # COCO's customary splits without a folder of their own: {split: folder of its images}
 EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014", "test-dev2017": "test2017"}
 ROBOFLOW_FILE = "_annotations.coco.json"
+LARGE_FILE = 50_000_000  # bytes of an annotation file whose reading is announced
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -256,6 +258,8 @@ def _read_coco_file(path: Path) -> dict:
     """A parsed file. Raises DataError if it lacks a field or if a value in it is impossible."""
     if not path.is_file():
         raise DataError(f"annotation file {path} does not exist")
+    if path.stat().st_size > LARGE_FILE:
+        print0(f"reading {path}, {path.stat().st_size / 1e6:.0f} MB")
     try:
         try:
             content = json.loads(_OUTLINES.sub(b'"segmentation": 0', path.read_bytes()))
