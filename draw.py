@@ -48,6 +48,32 @@ def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path
         image.save(folder / f"{name}{suffix}")
 
 
+def draw_errors(dataset: DetectionDataset, worst: list, folder: Path):
+    """Draws images with what is wrong in them. worst: from `analysis.image_errors`.
+
+    Objects that were found are white, missed ones red; right detections are green, wrong ones orange and say
+    what is wrong. The files are numbered, the worst image first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    label_of = dataset.label_of_category()
+    for number, errors in enumerate(worst, start=1):
+        image, zoom = enlarge(dataset.image(errors.index))
+        canvas = ImageDraw.Draw(image)
+        rows = dataset.box_slice(errors.index)
+        for row in range(rows.start, rows.stop):
+            missed = row in errors.missed
+            name = dataset.names[dataset.classes[row]]
+            draw_box(canvas, dataset.boxes[row] * zoom, (255, 60, 60) if missed else (255, 255, 255),
+                     f"missed {name}" if missed else name)
+        for result, wrong in errors.found:
+            x, y, w, h = (value * zoom for value in result["bbox"])
+            name = dataset.names[label_of[result["category_id"]]]
+            draw_box(canvas, (x, y, x + w, y + h), (255, 170, 0) if wrong else (60, 220, 60),
+                     f"{name} {result['score']:.2f} {wrong}".strip())
+        name = file_name(dataset.image_ids[errors.index].item())
+        image.save(folder / f"{number:03}_F1_{errors.f1:.2f}_{name}{'.png' if zoom > 1 else '.jpg'}")
+
+
 def draw_box(canvas: ImageDraw.ImageDraw, box, colour, text: str = ""):
     """Draws a box (x1, y1, x2, y2) with a label in its colour at the upper left corner."""
     x, y = box[0], box[1]
@@ -114,7 +140,7 @@ def draw_runs(folders: list[Path], path: Path):
 
 
 def draw_precision_recall(curves: dict[str, dict], path: Path):
-    """Draws precision over recall of every class. curves: from `metrics.precision_recall`.
+    """Draws precision over recall of every class. curves: from `analysis.precision_recall`.
 
     A dot marks the threshold with the best F1. Raises DataError if matplotlib is missing.
     """

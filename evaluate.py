@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from analysis import image_errors, precision_recall, proposal_recall
 from checkpoint import load_model
 from data import (
     DataError,
@@ -52,11 +53,11 @@ from data import (
     resized_shape,
     upright_rgb,
 )
-from draw import DRAW_THRESHOLD, draw_detections, draw_precision_recall
+from draw import DRAW_THRESHOLD, draw_detections, draw_errors, draw_precision_recall
 from faster_rcnn import FasterRCNN
 from fewshot import checkpoint_scoring
 from layouts import default_splits, image_folder, layout
-from metrics import ClassGroups, group_means, precision_recall, proposal_recall, read_results, score, shown
+from metrics import ClassGroups, group_means, read_results, score, shown
 from ops import nms
 from runlog import Progress
 from shapes import open_dataset
@@ -74,6 +75,7 @@ class EvalSettings(NamedTuple):
     pictures: int = 8  # how many images are drawn
     draw_threshold: float = DRAW_THRESHOLD
     curves: bool = False  # whether precision over recall is drawn
+    worst: int = 0  # how many of the images with the lowest F1 are drawn
 
 
 # ---------------------------------------------------------------------------------------------- detections
@@ -173,19 +175,28 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in milliseconds.items()}
     print0("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
-    if settings.curves:
-        score_curves(dataset, results, out)
+    draw_scores(dataset, results, out, settings.curves, settings.worst)
     draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold)
     return metrics
 
 
-def score_curves(dataset: DetectionDataset, results: list[dict], out: Path):
-    """Prints the threshold with the best F1 of every class; writes curves_pr.json and curves_pr.png."""
-    curves = precision_recall(dataset, results)
-    for name, curve in curves.items():
+def draw_scores(dataset: DetectionDataset, results: list[dict], out: Path, curves: bool, worst: int):
+    """Draws precision over recall (curves_pr.png, .json) and the `worst` images with the lowest F1 (worst/).
+
+    Prints the threshold with the best F1 of every class, which decides what counts as a detection there.
+    """
+    if not curves and not worst:
+        return
+    by_class = precision_recall(dataset, results)
+    for name, curve in by_class.items():
         print0(f"{name}: best F1 {shown(curve['f1'])} at a score of {shown(curve['threshold'])}")
-    write_json(out / "curves_pr.json", curves)
-    draw_precision_recall(curves, out / "curves_pr.png")
+    if worst:
+        thresholds = {name: curve["threshold"] for name, curve in by_class.items()}
+        draw_errors(dataset, image_errors(dataset, results, thresholds)[:worst], out / "worst")
+        print0(f"the {min(worst, len(dataset))} images with the lowest F1 are in {out / 'worst'}")
+    if curves:
+        write_json(out / "curves_pr.json", by_class)
+        draw_precision_recall(by_class, out / "curves_pr.png")
 
 
 def _score_with_groups(dataset: DetectionDataset, results: list[dict], groups: ClassGroups | None,
@@ -235,6 +246,8 @@ def parse_args() -> argparse.Namespace:
                      help=f"draw detections with at least this score (default: {DRAW_THRESHOLD})")
     run.add_argument("--curves", action="store_true", help="draw precision over recall (curves_pr.png), print"
                                                            " the threshold with the best F1 of each class")
+    run.add_argument("--worst", type=int, default=0, metavar="N",
+                     help="draw the N images with the lowest F1: what was missed, doubled or mistaken")
     run.add_argument("--proposals-recall", action="store_true",
                      help="score the proposals of a two-stage detector, not its detections")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
@@ -250,8 +263,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be in 0..1, not {getattr(args, name)}")
     if args.proposals_recall and (args.images or args.detections):
         parser.error("--proposals-recall needs --ckpt and annotated data")
-    if args.batch_size < 1 or args.workers < 0 or args.pictures < 0:
-        parser.error("--batch-size must be at least 1, --workers and --pictures at least 0")
+    if args.batch_size < 1 or min(args.workers, args.pictures, args.worst) < 0:
+        parser.error("--batch-size must be at least 1, --workers, --pictures and --worst at least 0")
     return args
 
 
@@ -377,8 +390,7 @@ def score_file(args: argparse.Namespace):
     dataset = open_dataset(args.data or "", split, args.json, args.image_dir)
     results = read_results(args.detections)
     write_json(out / "metrics.json", score(dataset, results))
-    if args.curves:
-        score_curves(dataset, results, out)
+    draw_scores(dataset, results, out, args.curves, args.worst)
     draw_detections(dataset, results, out / "pictures", args.pictures, args.draw_threshold)
 
 
@@ -402,7 +414,7 @@ def main():
         min_size=args.min_size or max(trained["min_size"]), max_size=args.max_size or trained["max_size"],
         batch_size=args.batch_size, workers=args.workers, amp=AMP[args.amp],
         pad_to=args.pad_to or trained["pad_to"], pictures=len(dataset) if args.images else args.pictures,
-        draw_threshold=args.draw_threshold, curves=args.curves)
+        draw_threshold=args.draw_threshold, curves=args.curves, worst=args.worst)
     if settings.pad_to:
         check_pad_to(dataset, [settings.min_size], settings.max_size, settings.pad_to)
     print0(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "

@@ -15,8 +15,6 @@ from runtime import print0
 
 # The twelve lines of pycocotools' summary.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-PROPOSALS = [100, 300, 1000]  # the best of an image that `proposal_recall` looks at
-RECALL_IMAGES = 500  # that it scores at a time
 VOC_IOU = 0.5  # a detection matches an object only above this IoU
 
 
@@ -114,7 +112,7 @@ def _is_finite(value) -> bool:
 
 # ---------------------------------------------------------------------------------------------- COCO
 
-def _ground_truth(dataset: DetectionDataset) -> COCO:
+def ground_truth(dataset: DetectionDataset) -> COCO:
     """The dataset as pycocotools wants it. VOC's difficult objects are ignored, as crowds are."""
     truth = COCO()
     image_ids, box_image = dataset.image_ids.tolist(), dataset.box_image
@@ -138,7 +136,7 @@ def _ground_truth(dataset: DetectionDataset) -> COCO:
 def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
     """METRICS and the AP, AP50 and AP75 of every class, by pycocotools. Prints its summary."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _ground_truth(dataset)
+        truth = ground_truth(dataset)
         # loadRes changes the dicts that it is given, and refuses an empty list.
         detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
         evaluation = COCOeval(truth, detections, "bbox")
@@ -159,67 +157,6 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
             values = values[values > -1]
             metrics[key][name] = float(values.mean()) if len(values) else None
     return metrics
-
-
-def precision_recall(dataset: DetectionDataset, results: list[dict]) -> dict[str, dict]:
-    """Precision over recall at IoU 0.5 of every class, and the score threshold with the best F1.
-
-    Returns {class name: {"recall" and "precision" (101), "threshold", "f1", "best_recall"}}; the last three
-    are None for a class that is never found. Precision is pycocotools': the best at that recall or beyond.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _ground_truth(dataset)
-        detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
-        evaluation = COCOeval(truth, detections, "bbox")
-        evaluation.params.iouThrs = np.array([0.5])
-        evaluation.evaluate()
-        evaluation.accumulate()
-    recall, curves = evaluation.params.recThrs, {}
-    for i, category in enumerate(sorted(dataset.category_ids)):
-        precision = evaluation.eval["precision"][0, :, i, 0, -1]
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-        best = int(f1.argmax())
-        found = precision.max() > 0
-        curves[dataset.names[dataset.category_ids.index(category)]] = {
-            "recall": recall.tolist(), "precision": precision.clip(0).tolist(),
-            "threshold": float(evaluation.eval["scores"][0, best, i, 0, -1]) if found else None,
-            "f1": float(f1[best]) if found else None, "best_recall": float(recall[best]) if found else None}
-    return {name: curves[name] for name in dataset.names}
-
-
-def proposal_recall(dataset: DetectionDataset, proposals: list[dict]) -> dict[str, float | None]:
-    """Share of the objects that proposals cover, a mean over the IoUs 0.5 to 0.95, whatever the class.
-
-    proposals: in COCO result format, best score first; their category is ignored. Prints and returns AR100,
-    AR300, AR1000 for the best proposals of each image, and ARs1000, ARm1000, ARl1000 for small, medium and
-    large objects. None where there is no object of that size.
-    """
-    by_image = {image_id: [] for image_id in dataset.image_ids.tolist()}
-    for proposal in proposals:
-        by_image[proposal["image_id"]].append(proposal)
-    found = objects = 0.0  # (IoU, area, number of proposals), (area, 1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _ground_truth(dataset)
-        for start in range(0, len(dataset), RECALL_IMAGES):  # all at once would take gigabytes
-            image_ids = dataset.image_ids[start:start + RECALL_IMAGES].tolist()
-            results = [proposal for image_id in image_ids for proposal in by_image[image_id]]
-            evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
-            params = evaluation.params
-            params.useCats, params.maxDets, params.imgIds = 0, PROPOSALS, image_ids
-            evaluation.evaluate()
-            evaluation.accumulate()
-            count = np.zeros((len(params.areaRng), 1))
-            for image in filter(None, evaluation.evalImgs):
-                count[params.areaRng.index(image["aRng"])] += (~np.array(image["gtIgnore"], bool)).sum()
-            found = found + evaluation.eval["recall"][:, 0].clip(0) * count
-            objects = objects + count
-    # area, number of proposals; -1 without objects
-    recall = np.where(objects > 0, found.mean(axis=0) / np.maximum(objects, 1), -1)
-    values = {f"AR{count}": recall[0, i] for i, count in enumerate(PROPOSALS)}
-    values |= {f"AR{size}{PROPOSALS[-1]}": recall[i, -1] for i, size in enumerate("sml", start=1)}
-    values = {name: float(value) if value > -1 else None for name, value in values.items()}
-    print0("proposals: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
-    return values
 
 
 # ---------------------------------------------------------------------------------------------- VOC
@@ -244,7 +181,7 @@ def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool)
             in_image = dataset.box_slice(index_of[result["image_id"]])
             rows = in_image.start + np.flatnonzero(is_class[in_image])
             x, y, w, h = result["bbox"]
-            ious = _iou(np.array([x, y, x + w, y + h]), dataset.boxes[rows])
+            ious = iou_with(np.array([x, y, x + w, y + h]), dataset.boxes[rows])
             best = int(ious.argmax()) if len(rows) else -1
             if best < 0 or ious[best] <= VOC_IOU:
                 hits.append(0)
@@ -257,7 +194,7 @@ def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool)
     return average
 
 
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def iou_with(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """IoU of one box (4,) with boxes (n, 4)."""
     sides = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0)
     inter = sides.prod(axis=1)

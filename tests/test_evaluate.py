@@ -77,8 +77,9 @@ def test_the_command_scores_writes_and_rescores(trained, in_process, tmp_path):
     assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all" in out and "post-processing" in out
     first = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert len(list((tmp_path / "a" / "pictures").iterdir())) == 2
-    in_process(evaluate.main, "--detections", tmp_path / "a" / "detections.json", "--data", "shapes",
-               "--split", "val", "--out", tmp_path / "b")
+    out = in_process(evaluate.main, "--detections", tmp_path / "a" / "detections.json", "--data", "shapes",
+                     "--split", "val", "--out", tmp_path / "b", "--worst", 3)
+    assert "best F1" in out and len(list((tmp_path / "b" / "worst").iterdir())) == 3
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert all(first[key] == again[key] for key in METRICS)
 

@@ -5,7 +5,8 @@ import pytest
 from conftest import ROOT
 
 LAYERS = (("ops", "runtime", "augment"),
-          ("data", "layouts", "yolo", "shapes", "subsets", "backbone", "metrics", "draw", "runlog"),
+          ("data", "layouts", "yolo", "shapes", "subsets", "backbone", "metrics", "analysis", "draw",
+           "runlog"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),
           ("defrcn", "convert"),
           ("checkpoint", "fewshot"),
@@ -15,6 +16,7 @@ LAYERS = (("ops", "runtime", "augment"),
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {("layouts", "data"), ("yolo", "data"), ("yolo", "layouts"), ("shapes", "data"),
                   ("shapes", "layouts"), ("shapes", "yolo"), ("subsets", "data"), ("metrics", "data"),
+                  ("analysis", "data"), ("analysis", "metrics"),
                   ("draw", "data"), ("convert", "defrcn"), ("fewshot", "checkpoint")}
 # The files that people copy: no files, no command line, no other code base.
 ALGORITHMS = ("ops", "backbone", "fcos", "fsaf", "faster_rcnn", "defrcn")

@@ -10,19 +10,8 @@ from conftest import SHARED
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import metrics
 from data import DataError, DetectionDataset
-from draw import draw_precision_recall
-from metrics import (
-    METRICS,
-    group_means,
-    precision_recall,
-    proposal_recall,
-    read_results,
-    score,
-    shown,
-    voc_ap50,
-)
+from metrics import METRICS, group_means, read_results, score, shown, voc_ap50
 from shapes import open_dataset
 
 
@@ -55,41 +44,6 @@ def test_classes_without_objects_are_not_counted():
     metrics = score(dataset_of([[10, 10, 30, 30]], [0], [0]), [found(11, [10, 10, 30, 30], 0.9)])
     assert metrics["per_class"] == {"a": pytest.approx(1.0), "b": None}
     assert metrics["AP"] == pytest.approx(1.0)
-
-
-def test_the_threshold_with_the_best_f1_by_hand(tmp_path):
-    boxes = [[10, 10, 30, 30], [40, 40, 60, 60], [70, 10, 90, 30]]
-    dataset = dataset_of(boxes, [0, 0, 0], [0, 0, 0])
-    results = [found(11, boxes[0], 0.9), found(11, boxes[1], 0.7), found(11, [0, 70, 9, 90], 0.6),
-               found(11, [0, 40, 9, 60], 0.5), found(11, [20, 70, 29, 90], 0.45), found(11, boxes[2], 0.4)]
-    curves = precision_recall(dataset, results)
-    # F1: 0.5 from 0.9 on, 0.8 from 0.7 on, 2 / (1 + 6 / 3) = 0.667 with all six.
-    assert curves["a"]["threshold"] == pytest.approx(0.7)
-    assert curves["a"]["f1"] == pytest.approx(0.8, abs=0.01)
-    assert curves["b"]["threshold"] is None and len(curves["b"]["recall"]) == 101
-    pytest.importorskip("matplotlib")
-    draw_precision_recall(curves, tmp_path / "pr.png")
-    assert (tmp_path / "pr.png").stat().st_size > 5000
-
-
-def test_recall_of_proposals_by_hand(monkeypatch):
-    boxes = [[10, 10, 30, 30], [40, 40, 90, 90], [0, 0, 99, 99]]  # small, medium, large, of both classes
-    dataset = dataset_of(boxes, [0, 1, 0], [0, 0, 1])
-    proposals = [found(11, [10, 10, 30, 30], 0.9, 90), found(11, [40, 40, 90, 80], 0.8)]  # IoU 1 and 0.8
-    proposals += [found(12, [i, 0, i + 1, 1], 1 - i / 1000) for i in range(99)]
-    recall = proposal_recall(dataset, proposals + [found(12, [0, 0, 99, 99], 0.1)])
-    # IoUs 0.5 to 0.95: the small object is found at 10 of 10, the medium one at 7, the large one at 10.
-    assert recall["ARs1000"] == pytest.approx(1.0) and recall["ARm1000"] == pytest.approx(0.7)
-    assert recall["ARl1000"] == pytest.approx(1.0)
-    assert recall["AR100"] == recall["AR1000"] == pytest.approx(2.7 / 3)
-    crowded = proposals + [found(12, [i, 2, i + 1, 3], 0.5) for i in range(9)]
-    recall = proposal_recall(dataset, crowded + [found(12, [0, 0, 99, 99], 0.1)])
-    assert recall["AR100"] == pytest.approx(1.7 / 3)  # the large object has only the 109th place
-    assert recall["AR300"] == pytest.approx(2.7 / 3)
-    monkeypatch.setattr(metrics, "RECALL_IMAGES", 1)
-    assert proposal_recall(dataset, crowded + [found(12, [0, 0, 99, 99], 0.1)]) == pytest.approx(recall)
-    assert proposal_recall(dataset, [])["AR1000"] == 0
-    assert proposal_recall(dataset_of([], [], []), [])["AR100"] is None
 
 
 def test_category_order_of_the_model_does_not_mix_up_classes():
