@@ -60,8 +60,8 @@ def training_step(model: torch.nn.Module, loss: Callable, work: Workload, device
     """A step of any model. loss: a function that returns the sum of its losses."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The weights stay as they are. Otherwise the proposals drift within a few steps, and with them the number of
-    # samples that RoIAlign takes.
+    # The weights stay as they are. Otherwise the proposals drift within a few steps, and with them the number
+    # of samples that RoIAlign takes.
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9)
 
     def step():
