@@ -189,7 +189,8 @@ def draw_scores(dataset: DetectionDataset, results: list[dict], out: Path, curve
         return
     by_class = precision_recall(dataset, results)
     for name, curve in by_class.items():
-        print0(f"{name}: best F1 {shown(curve['f1'])} at a score of {shown(curve['threshold'])}")
+        print0(f"{name}: " + ("never found" if curve["threshold"] is None else
+                              f"best F1 {curve['f1']:.4f} at a score of {curve['threshold']:.4f}"))
     if worst:
         thresholds = {name: curve["threshold"] for name, curve in by_class.items()}
         draw_errors(dataset, image_errors(dataset, results, thresholds)[:worst], out / "worst")
