@@ -79,7 +79,7 @@ def test_the_command_scores_writes_and_rescores(trained, in_process, tmp_path):
     assert len(list((tmp_path / "a" / "pictures").iterdir())) == 2
     out = in_process(evaluate.main, "--detections", tmp_path / "a" / "detections.json", "--data", "shapes",
                      "--split", "val", "--out", tmp_path / "b", "--worst", 3)
-    assert "best F1" in out and len(list((tmp_path / "b" / "worst").iterdir())) == 3
+    assert "images with the lowest F1" in out and len(list((tmp_path / "b" / "worst").iterdir())) == 3
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert all(first[key] == again[key] for key in METRICS)
 
