@@ -407,6 +407,8 @@ def _find_format(path: str | Path, state: State) -> Format:
             return found
     is_resnet = any(re.fullmatch(r"(stem\.)?conv1(\.weight|_w)", key) for key in state)
     advice = ": an ImageNet backbone? train.py takes it as --weights" if is_resnet else ""
+    if "roi_heads.box_head.0.0.weight" in state:
+        advice = ": a Faster R-CNN v2 of torchvision? Its box head has no counterpart here"
     raise WeightsError(f"{path}: not a detector that is known here; it has {len(state)} tensors like "
                        f"{sorted(state)[:3]}{advice}")
 

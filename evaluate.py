@@ -417,6 +417,8 @@ def main():
         pad_to=args.pad_to or trained["pad_to"], pictures=len(dataset) if args.images else args.pictures,
         draw_threshold=args.draw_threshold, curves=args.curves, worst=args.worst)
     if settings.pad_to:
+        if any(side % model.size_divisor for side in settings.pad_to):
+            raise UserError(f"--pad-to must be multiples of {model.size_divisor}, not {settings.pad_to}")
         check_pad_to(dataset, [settings.min_size], settings.max_size, settings.pad_to)
     print0(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
            f"short side {settings.min_size}, long side at most {settings.max_size} px")

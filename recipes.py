@@ -299,6 +299,8 @@ def _check(parser: Parser, args: argparse.Namespace):
             # With 32 channels a group of the group norm has one value on a 1 x 1 level: nothing to normalise.
             (args.model == "fcos" and args.fpn_channels % 64, "--fpn-channels must be a multiple of 64 (32 "
              f"groups of two or more channels), not {args.fpn_channels}"),
+            (args.pad_to and any(side % 32 for side in args.pad_to) and args.fpn,
+             f"--pad-to must be multiples of 32, not {args.pad_to}"),
             (few_shot and not two_stage, "--stage, --generalized, --novel-classes, --cosine and "
              "--no-decouple belong to --model defrcn or faster_rcnn"),
             (novel != bool(args.shots), "--stage novel and --shots K belong together"),

@@ -81,6 +81,7 @@ def test_voc_data_change_the_few_shot_stages(tmp_path):
     (["--clip", "-1"], "--clip must not be negative"), (["--lr", "nan"], "--lr must be positive"),
     (["--train-json", "a", "--train-images", "b"], "give --val-json"),
     (["--pad-to", "0", "9"], "--pad-to must be positive"),
+    (["--pad-to", "128", "150"], "--pad-to must be multiples of 32"),
     (["--fpn-channels", "40"], "multiple of 64"), (["--freeze-at", "9"], "0..5"),
     (["--loss-scale", "big"], "'dynamic' or a positive number"),
     (["--min-size", "0"], "--min-size must be positive"),
