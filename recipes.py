@@ -194,6 +194,12 @@ def make_parser(default) -> Parser:
     add_class_arguments(few)
     few.add_argument("--shot-lists", type=Path, help="folder of published lists, or none to sample shots")
     few.add_argument("--pcb-weights", help="ResNet-101 of the calibration: none, a file, or resnet101")
+    _add_run_arguments(parser)
+    return parser
+
+
+def _add_run_arguments(parser: Parser):
+    """The arguments that are about neither model nor data."""
     optim = parser.add_argument_group("optimization").add_argument
     optim("--optimizer", choices=("sgd", "adamw"), help="default: sgd; from random weights adamw")
     optim("--batch-size", type=int, help="images per step over all ranks (default: 16; shapes: 8)")
@@ -223,7 +229,6 @@ def make_parser(default) -> Parser:
     run("--no-eval", action="store_true")
     run("--pictures", type=int, help="the evaluation draws the first N images (default: 8)")
     run("--show-recipe", action="store_true", help="print every value and where it comes from, and stop")
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
