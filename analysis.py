@@ -4,11 +4,9 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from data import DetectionDataset
-from metrics import VOC_IOU, ground_truth, iou_with, shown
+from metrics import VOC_IOU, coco_evaluation, ground_truth, iou_with, shown
 from runtime import print0
 
 PROPOSALS = [100, 300, 1000]  # the best of an image that `proposal_recall` looks at
@@ -22,9 +20,7 @@ def precision_recall(dataset: DetectionDataset, results: list[dict]) -> dict[str
     are None for a class that is never found. Precision is pycocotools': the best at that recall or beyond.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = ground_truth(dataset)
-        detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
-        evaluation = COCOeval(truth, detections, "bbox")
+        evaluation = coco_evaluation(ground_truth(dataset), results)
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.evaluate()
         evaluation.accumulate()
@@ -105,7 +101,7 @@ def proposal_recall(dataset: DetectionDataset, proposals: list[dict]) -> dict[st
         for start in range(0, len(dataset), RECALL_IMAGES):  # all at once would take gigabytes
             image_ids = dataset.image_ids[start:start + RECALL_IMAGES].tolist()
             results = [proposal for image_id in image_ids for proposal in by_image[image_id]]
-            evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
+            evaluation = coco_evaluation(truth, results)
             params = evaluation.params
             params.useCats, params.maxDets, params.imgIds = 0, PROPOSALS, image_ids
             evaluation.evaluate()

@@ -117,10 +117,9 @@ def draw_targets(dataset: DetectionDataset, index: int, min_size: int, max_size:
     """
     sample = load_sample(dataset, index, min_size, max_size)
     height, width = sample["image"].shape[:2]
-    zoom = PANEL / max(height, width)
     arguments = height, width, torch.from_numpy(sample["boxes"]), torch.from_numpy(sample["labels"])
     levels = fcos_level_targets(*arguments, original) if model == "fcos" else rpn_level_targets(*arguments)
-    image = Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom)))
+    image, zoom = _panel(sample)
     panels = []
     for level in levels:
         panels.append(image.copy())
@@ -147,13 +146,9 @@ def draw_proposals(model: FasterRCNN, dataset: DetectionDataset, index: int, min
     batch = collate([sample], model.size_divisor)
     features, _ = model.features(batch["images"], batch["sizes"])
     found = model.propose(features, batch["sizes"])
-    per_cell = model.base_anchors.shape[1]
-    level_sizes = [feature.shape[-2] * feature.shape[-1] * per_cell for feature in features]
-    levels = zip(found["anchors"].split(level_sizes), found["objectness"][0].split(level_sizes),
-                 found["deltas"][0].split(level_sizes))
-    height, width = sample["image"].shape[:2]
-    zoom = PANEL / max(height, width)
-    image = Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom)))
+    levels = zip(*(rows.split(found["level_sizes"]) for rows in
+                   (found["anchors"], found["objectness"][0], found["deltas"][0])))
+    image, zoom = _panel(sample)
     panels, drawn = [], []
     for i, (anchors, objectness, deltas) in enumerate(levels):
         boxes, valid = rpn_proposals(objectness, deltas, anchors, batch["sizes"][0], [len(anchors)],
@@ -167,6 +162,13 @@ def draw_proposals(model: FasterRCNN, dataset: DetectionDataset, index: int, min
             drawn.append((i, ((box[2] - box[0]) * (box[3] - box[1])) ** 0.5))
         _write(canvas, f"P{i + 2}: its best {int(valid.sum())} proposals")
     return _in_a_row(panels), drawn
+
+
+def _panel(sample: dict) -> tuple[Image.Image, float]:
+    """The image of a sample with a longer side of PANEL, and the factor."""
+    height, width = sample["image"].shape[:2]
+    zoom = PANEL / max(height, width)
+    return Image.fromarray(sample["image"]).resize((round(width * zoom), round(height * zoom))), zoom
 
 
 def _write(canvas: ImageDraw.ImageDraw, text: str):
@@ -273,25 +275,23 @@ def main():
         make_folder(args.out)
         draw_runs(args.log, args.out / "curves.png")
         return print(f"curves of {len(args.log)} runs in {args.out / 'curves.png'}")
-    trained = names = model = None
+    trained = None
     if args.levels:
         model, info = load_model(args.levels)
-        trained, names = info["args"], info["names"]
+        trained = info["args"]
         if not (isinstance(model, FSAF) and model.head.anchor_free
                 or isinstance(model, FasterRCNN) and model.fpn is not None):
             form = {"fsaf": " --fsaf-branch anchor", "faster_rcnn": " --c4"}.get(trained["model"], "")
             raise UserError(f"{args.levels}: --levels needs an FSAF with an anchor-free branch or a Faster "
                             f"R-CNN with FPN, but this is --model {trained['model']}{form}")
-    is_shapes = args.data in (None, "shapes") and not args.json
     if trained:
         dataset = choose_dataset(argparse.Namespace(**vars(args), ckpt=args.levels, images=None), info)
-        is_shapes = is_shapes and trained["data"] in (None, "shapes")
+        min_size, max_size = max(trained["min_size"]), trained["max_size"]
     else:
         split = args.split or (default_splits(args.data or "shapes")[0] if not args.json else "")
-        dataset = open_dataset(args.data or "shapes", split, args.json, args.image_dir, names)
-    min_size, max_size = SHAPES_SIZE if is_shapes else COCO_SIZE
-    if trained:
-        min_size, max_size = max(trained["min_size"]), trained["max_size"]
+        dataset = open_dataset(args.data or "shapes", split, args.json, args.image_dir)
+        is_shapes = args.data in (None, "shapes") and not args.json
+        min_size, max_size = SHAPES_SIZE if is_shapes else COCO_SIZE
     min_size, max_size = args.min_size or min_size, args.max_size or max_size
 
     print("\n".join([*dataset.notes, dataset.table()]))

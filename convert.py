@@ -69,8 +69,7 @@ class TorchvisionRetinaNet(FSAF):
     p6_from, relu_before_p7 = "p5", True
 
     def anchors(self, shapes: list[tuple[int, int]]) -> Tensor:
-        points = _torchvision_points(shapes, STRIDES[0], self.base_anchors.device)
-        return torch.cat([place_anchors(*level) for level in zip(self.base_anchors, points)])
+        return _torchvision_anchors(self.base_anchors, shapes, STRIDES[0])
 
 
 class TorchvisionFasterRCNN(FasterRCNN):
@@ -82,8 +81,7 @@ class TorchvisionFasterRCNN(FasterRCNN):
         self.base_anchors = self.base_anchors.round()
 
     def anchors(self, shapes: list[tuple[int, int]]) -> Tensor:
-        points = _torchvision_points(shapes, self.strides[0], self.base_anchors.device)
-        return torch.cat([place_anchors(*level) for level in zip(self.base_anchors, points)])
+        return _torchvision_anchors(self.base_anchors, shapes, self.strides[0])
 
     def pool(self, features: list[Tensor], rois: Tensor) -> Tensor:
         """2 x 2 samples in each cell, and boxes that are not shifted by half a pixel."""
@@ -102,6 +100,12 @@ def _torchvision_points(shapes: list[tuple[int, int]], stride: int, device) -> l
     image_height, image_width = (side * stride for side in shapes[0])
     return [grid_points(height, width, image_height // height, image_width // width, device)
             for height, width in shapes]
+
+
+def _torchvision_anchors(base: Tensor, shapes: list[tuple[int, int]], stride: int) -> Tensor:
+    """The anchors (L, A, 4) of a cell around `_torchvision_points`, (N, 4) px."""
+    points = _torchvision_points(shapes, stride, base.device)
+    return torch.cat([place_anchors(*level) for level in zip(base, points)])
 
 
 # ------------------------------------------------------------------------------------------------- readers

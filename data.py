@@ -200,8 +200,9 @@ def try_images(read: Callable[[int], object], count: int,
 
 def broken_images(dataset: DetectionDataset, progress: Callable | None = None) -> dict[int, str]:
     """Decodes every image of a dataset: {index: what is wrong} of those that cannot be read."""
-    # A JPEG is read whole, but decoded at an eighth of its size.
-    return try_images(lambda i: dataset.image(i, 8.0) and None, len(dataset), progress)[1]
+    def read(i: int):
+        dataset.image(i, 8.0)  # a JPEG is read whole, but decoded at an eighth of its size
+    return try_images(read, len(dataset), progress)[1]
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -216,6 +217,13 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     planes = torch.from_numpy(image).permute(2, 0, 1)[None]
     return F.interpolate(planes, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def sample_without_objects(image: np.ndarray, original_size: tuple[int, int],
+                           image_id=0, index: int = 0) -> dict:
+    """An image (h, w, 3) uint8 at network size as a sample, see `load_sample`."""
+    return {"image": image, "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64),
+            "image_id": image_id, "index": index, "original_size": original_size}
 
 
 def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: int, flip: bool = False,
@@ -359,9 +367,8 @@ class TrainSamples(Dataset):
         except DataError as error:
             height, width = self.dataset.sizes[index].tolist()
             blank = np.zeros((*resized_shape(height, width, min_size, self.max_size), 3), np.uint8)
-            return {"image": blank, "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64),
-                    "image_id": self.dataset.image_ids[index].item(), "index": index,
-                    "original_size": (height, width), "broken": str(error)}
+            image_id = self.dataset.image_ids[index].item()
+            return {**sample_without_objects(blank, (height, width), image_id, index), "broken": str(error)}
 
 
 class TestSamples(Dataset):

@@ -10,8 +10,6 @@ from data import DataError, DetectionDataset
 
 ENLARGED = 512  # px; smaller images are drawn at a multiple of their size that fits in this
 GOLDEN_ANGLE = 0.381966  # as a fraction of the colour wheel
-
-
 DRAW_THRESHOLD = 0.2  # detections with a lower score are not drawn
 
 

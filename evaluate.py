@@ -51,6 +51,7 @@ from data import (
     load_sample,
     resize,
     resized_shape,
+    sample_without_objects,
     upright_rgb,
 )
 from draw import DRAW_THRESHOLD, draw_detections, draw_errors, draw_precision_recall
@@ -86,7 +87,6 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
     """Detections of every image, in COCO result format.
 
     decode: function from the outputs of the network and sizes to detections, by default the model's.
-
     Boxes are in pixels of the original images, category ids are those of `dataset`. Images are split over the
     ranks; every rank returns all results. Also returns the ms per image spent waiting for images ("loading"),
     in the network, and in post-processing (decoding and NMS). The mode of the model is restored.
@@ -329,8 +329,7 @@ def detect_image(model: torch.nn.Module, info: dict, image: str | Path | Image.I
         except OSError as error:  # Pillow reads the pixels only now
             raise DataError(f"the Pillow image cannot be read ({error})") from error
         shape = resized_shape(image.height, image.width, min_size, max_size)
-        sample = {"image": resize(np.array(image), *shape), "original_size": image.size[::-1], "image_id": 0,
-                  "index": 0, "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
+        sample = sample_without_objects(resize(np.array(image), *shape), image.size[::-1])
     else:
         raise TypeError(f"detect_image takes a path or a Pillow image (for an RGB array: "
                         f"Image.fromarray(array)), not {type(image).__name__}")

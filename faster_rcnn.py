@@ -261,8 +261,9 @@ def pool_rois(features: list[Tensor], rois: Tensor, size: int) -> Tensor:
     level = roi_levels(rois)
     # Every level sees all RoIs, so that the shapes are fixed. A RoI of another level loses its area: it has
     # no samples, costs torchvision's kernel next to nothing, and its features are 0.
-    return sum(roi_align(feature, torch.where((level == i)[..., None], rois, 0.0), size, 1 / stride)
-               for i, (feature, stride) in enumerate(zip(features, STRIDES)))
+    pooled = [roi_align(feature, torch.where((level == i)[..., None], rois, 0.0), size, 1 / stride)
+              for i, (feature, stride) in enumerate(zip(features, STRIDES))]
+    return sum(pooled[1:], start=pooled[0])
 
 
 class BoxHead(nn.Module):
@@ -411,15 +412,16 @@ class FasterRCNN(nn.Module):
     def propose(self, features: list[Tensor], sizes: Tensor) -> dict[str, Tensor]:
         """The region proposal network: outputs, anchors (N, 4) px and proposals of all images.
 
-        Returns {"objectness" (B, N), "deltas" (B, N, 4), "anchors", "proposals" (B, R, 4), "valid" (B, R)}.
+        Returns {"objectness" (B, N), "deltas" (B, N, 4), "anchors", "level_sizes" (number of anchors on each
+        level), "proposals" (B, R, 4), "valid" (B, R)}.
         """
         objectness, deltas = self.rpn(features)
         shapes = [feature.shape[-2:] for feature in features]
         anchors = self.anchors(shapes)
         level_sizes = [height * width * self.base_anchors.shape[1] for height, width in shapes]
         proposals, valid = self.proposals(objectness, deltas, anchors, sizes, level_sizes)
-        return {"objectness": objectness, "deltas": deltas, "anchors": anchors, "proposals": proposals,
-                "valid": valid}
+        return {"objectness": objectness, "deltas": deltas, "anchors": anchors, "level_sizes": level_sizes,
+                "proposals": proposals, "valid": valid}
 
     @torch.compiler.disable  # shapes inside NMS depend on the data: it runs between two compiled graphs
     def proposals(self, objectness: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor,

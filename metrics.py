@@ -133,13 +133,18 @@ def ground_truth(dataset: DetectionDataset) -> COCO:
     return truth
 
 
+def coco_evaluation(truth: COCO, results: list[dict]) -> COCOeval:
+    """pycocotools' evaluation of boxes, not run yet. truth: from `ground_truth`."""
+    # loadRes changes the dicts that it is given, and refuses an empty list.
+    detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
+    return COCOeval(truth, detections, "bbox")
+
+
 def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
     """METRICS and the AP, AP50 and AP75 of every class, by pycocotools. Prints its summary."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = ground_truth(dataset)
-        # loadRes changes the dicts that it is given, and refuses an empty list.
-        detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
-        evaluation = COCOeval(truth, detections, "bbox")
+        evaluation = coco_evaluation(truth, results)
         evaluation.evaluate()
         evaluation.accumulate()
     with contextlib.redirect_stdout(io.StringIO()) as summary:

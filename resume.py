@@ -32,6 +32,13 @@ def saved_form(args: argparse.Namespace) -> dict:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
+def _described_weights(step: int, state: TrainingState, args: argparse.Namespace,
+                       train_set: DetectionDataset) -> dict:
+    """The part of a checkpoint that `checkpoint.load_model` needs."""
+    return {"model": state.model.state_dict(), "step": step, "args": saved_form(args),
+            "names": train_set.names, "category_ids": train_set.category_ids}
+
+
 def save_training(step: int, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
                   place: Place):
     """Writes last.pth, and step_N.pth with --keep. Every rank must call this."""
@@ -41,10 +48,8 @@ def save_training(step: int, state: TrainingState, args: argparse.Namespace, tra
     ranks = gather_objects({"rng": rng, **state.log.state_dict()}, place.world)
     if place.rank > 0:
         return
-    content = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(),
-               "scaler": state.scaler.state_dict(), "step": step, "ranks": ranks,
-               "args": saved_form(args),
-               "names": train_set.names, "category_ids": train_set.category_ids,
+    content = {**_described_weights(step, state, args, train_set), "ranks": ranks,
+               "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
                "data": [len(train_set), len(train_set.boxes)]}
     save_checkpoint(args.out / "last.pth", content)
     if args.keep:
@@ -60,8 +65,7 @@ def save_best(step: int, metrics: dict, state: TrainingState, args: argparse.Nam
     path, ap = args.out / "best.pth", metrics["AP"] or 0.0
     best = torch.load(path, "cpu", weights_only=True) if path.exists() else {"AP": -1.0, "step": 0}
     if ap > best["AP"] or best["step"] >= step:
-        save_checkpoint(path, {"model": state.model.state_dict(), "step": step, "args": saved_form(args),
-                               "names": train_set.names, "category_ids": train_set.category_ids, "AP": ap})
+        save_checkpoint(path, {**_described_weights(step, state, args, train_set), "AP": ap})
 
 
 def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Namespace,

@@ -142,8 +142,7 @@ class Progress:
 
 
 def open_log(args: argparse.Namespace, start: int):
-    """log.jsonl, locked. A run resumed in its own folder continues it. Another run
-    renames the old files to earlierN_..."""
+    """log.jsonl, locked. A run resumed in its own folder continues it, another one renames the old files."""
     path = args.out / "log.jsonl"
     if path.exists():
         with open(path, "a") as file:  # before anything is moved
