@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data import DataError, DetectionDataset
+from data import IMAGE_SUFFIXES, DataError, DetectionDataset
 
 ENLARGED = 512  # px; smaller images are drawn at a multiple of their size that fits in this
 GOLDEN_ANGLE = 0.381966  # as a fraction of the colour wheel
@@ -94,8 +94,10 @@ def enlarge(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def file_name(image_id: int | str) -> str:
-    """An image id as a file name without its suffix. Ids may contain folders."""
-    return re.sub(r"[^\w.-]", "_", str(image_id))
+    """An image id as a file name without a suffix. Ids may be paths of images."""
+    path = Path(str(image_id))
+    path = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path
+    return re.sub(r"[^\w.-]", "_", str(path))
 
 
 # ---------------------------------------------------------------------------------------------- curves

@@ -331,8 +331,9 @@ def detect_image(model: torch.nn.Module, info: dict, image: str | Path | Image.I
         shape = resized_shape(image.height, image.width, min_size, max_size)
         sample = sample_without_objects(resize(np.array(image), *shape), image.size[::-1])
     else:
-        raise TypeError(f"detect_image takes a path or a Pillow image (for an RGB array: "
-                        f"Image.fromarray(array)), not {type(image).__name__}")
+        raise TypeError(f"detect_image takes a path or a Pillow image, not {type(image).__name__}. "
+                        f"Image.fromarray(array) makes one of an RGB array, Image.fromarray(array[..., ::-1]) "
+                        f"of an array of OpenCV, which is BGR")
     pad_to = info["args"]["pad_to"]
     batch = collate([sample], model.size_divisor, [pad_to] if pad_to else None)
     device = model.pixel_mean.device

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from draw import draw_runs
 from runtime import Place, UserError, atomic_write, copy_prints, print0
 
 
@@ -114,6 +115,14 @@ class RunLog:
             scores = {key: metrics[key] for key in metrics if not isinstance(metrics[key], dict)}
             row = {"step": done, **scores, "per_class": metrics["per_class"]}
             print(json.dumps(row), file=self.file, flush=True)
+
+    def draw_curves(self):
+        """Draws what log.jsonl holds into curves.png. Without matplotlib a line says so."""
+        if self.file:  # rank 0
+            try:
+                draw_runs([self.args.out], self.args.out / "curves.png")
+            except UserError as error:
+                print0(f"curves.png is not drawn: {error}")
 
 
 class Progress:

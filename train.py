@@ -50,7 +50,7 @@ from evaluate import EvalSettings, evaluate
 from recipes import REFERENCE_BATCH, VERIFY_BELOW, parse_args
 from resume import TrainingState, restore_rng, restore_training, save_best, save_training
 from runlog import Progress, RunLog, environment
-from runtime import AMP, Place, UserError, print0
+from runtime import AMP, Place, UserError, gather_objects, print0
 from shapes import open_dataset
 from weights import load_imagenet
 
@@ -171,7 +171,7 @@ class LossScaler:
 # --------------------------------------------------------------------------------------------- data and model
 
 def training_indices(args: argparse.Namespace, train_set: DetectionDataset,
-               val_set: DetectionDataset | None) -> np.ndarray:
+                     val_set: DetectionDataset | None, place: Place) -> np.ndarray:
     """Prints the notes and the class table; returns the indices of the training images. Raises DataError."""
     for line in (*train_set.notes, train_set.table(), *(val_set.notes if val_set else ())):
         print0(line)
@@ -180,7 +180,7 @@ def training_indices(args: argparse.Namespace, train_set: DetectionDataset,
             check_pad_to(dataset, args.min_size, args.max_size, args.pad_to)
     filled = train_set.non_empty(args.use_difficult)
     indices = filled if args.drop_empty else np.arange(len(train_set))
-    indices = np.setdiff1d(indices, verified_broken(args, train_set, val_set))
+    indices = np.setdiff1d(indices, verified_broken(args, train_set, val_set, place))
     print0(f"{len(indices)} training images, {len(train_set) - len(filled)} of {len(train_set)} have no "
            f"object to learn ({'dropped' if args.drop_empty else 'kept: --drop-empty leaves them out'})")
     if len(np.intersect1d(filled, indices)) == 0:
@@ -189,15 +189,19 @@ def training_indices(args: argparse.Namespace, train_set: DetectionDataset,
 
 
 def verified_broken(args: argparse.Namespace, train_set: DetectionDataset,
-                    val_set: DetectionDataset | None) -> list[int]:
+                    val_set: DetectionDataset | None, place: Place) -> list[int]:
     """Decodes all images, if wanted; returns the indices of the broken training images.
 
-    Raises DataError if they are more than --skip-broken, or if an image to be scored is broken.
+    The ranks share the work, and every rank returns all. Raises DataError if they are more than --skip-broken,
+    or if an image to be scored is broken.
     """
     on_disk = args.data != "shapes" or args.train_json
     datasets = [dataset for dataset in (train_set, val_set) if dataset and on_disk
                 and (len(dataset) < VERIFY_BELOW if args.verify_images is None else args.verify_images)]
-    broken = [broken_images(dataset, Progress) for dataset in datasets]
+    broken = []
+    for dataset in datasets:
+        parts = gather_objects(broken_images(dataset, place.rank, place.world, Progress), place.world)
+        broken.append({index: message for part in parts for index, message in part.items()})
     for dataset, messages in zip(datasets, broken):
         for message in messages.values():
             print0(f"broken: {message}")
@@ -292,7 +296,7 @@ def main():
         val_set = open_dataset(args.data, args.val_split, args.val_json, args.val_images, train_set.names)
     if args.stage:
         train_set, val_set, scoring = fewshot.prepare(args, checkpoint, train_set, val_set, place)
-    indices = training_indices(args, train_set, val_set)
+    indices = training_indices(args, train_set, val_set, place)
     sampler = TrainBatchSampler(train_set, indices, args.batch_size, args.seed, rank, world, accumulate)
     schedule = make_schedule(args, sampler.steps_per_epoch)
     shapes = input_shapes(args, train_set, device)
@@ -398,6 +402,7 @@ def main():
                 log.write_scores(done, metrics)
                 save_best(done, metrics, state, args, train_set)
             log.restart_clock()
+    log.draw_curves()
 
 
 if __name__ == "__main__":

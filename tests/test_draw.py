@@ -29,7 +29,7 @@ def test_drawings_show_objects_and_detections(tmp_path):
 
 
 def test_ids_with_folders_become_file_names():
-    assert file_name("set/a b.jpg") == "set_a_b.jpg" and file_name(7) == "7"
+    assert file_name("set/a b.JPG") == "set_a_b" and file_name("v1.2") == "v1.2" and file_name(7) == "7"
 
 
 def test_curves_of_runs_and_of_precision(tmp_path, in_process, mistake):

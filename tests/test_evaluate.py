@@ -135,7 +135,7 @@ def test_a_folder_of_images_is_drawn(trained, in_process, tmp_path):
         Image.new("RGB", (90, 70), "grey").save(tmp_path / "photos" / name)
     in_process(evaluate.main, "--ckpt", trained, "--images", tmp_path / "photos", "--out", tmp_path / "d",
                "--device", "cpu", "--workers", 0)
-    assert sorted(p.stem for p in (tmp_path / "d" / "pictures").iterdir()) == ["one.png", "two.jpg"]
+    assert sorted(p.stem for p in (tmp_path / "d" / "pictures").iterdir()) == ["one", "two"]
     assert isinstance(read_results(tmp_path / "d" / "detections.json"), list)
 
 

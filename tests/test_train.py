@@ -58,7 +58,8 @@ def test_a_short_run_leaves_its_files(in_process, tmp_path):
     out = in_process(train.main, *TINY[1:], "--max-steps", 3, "--pictures", 2)
     folder = tmp_path / "out"
     assert {p.name for p in folder.iterdir()} == {"last.pth", "best.pth", "log.jsonl", "log.txt",
-                                                  "detections.json", "metrics.json", "pictures"}
+                                                  "detections.json", "metrics.json", "pictures",
+                                                  "curves.png"}
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [1, 2, 3, 3]
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -250,6 +251,8 @@ def test_broken_images_are_found_before_step_1_or_skipped(script, tmp_path, bccd
     assert code == 0 and "11 training images" in out and "step 6/6" in out, err
     code, out, err = script(*words, "--no-eval", "--no-verify-images", "--skip-broken", 1)
     assert code == 0 and "skipped broken images:" in out and image.name in out, err
+    code, out, err = script(*words, "--no-eval", ranks=2)
+    assert code != 0 and "reading 6 images" in out and f"{image.name}: cannot be read as an image" in err
     code, out, err = script(*words)  # an image that would be scored cannot be skipped
     assert code != 0 and "mend them" in err
     code, out, err = script(*words, "--no-eval", "--no-verify-images")
