@@ -7,6 +7,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -259,6 +260,16 @@ def load_sample(dataset: DetectionDataset, index: int, min_size: int, max_size: 
     return {"image": resize(np.array(image), new_height, new_width), "boxes": boxes, "labels": labels,
             "image_id": dataset.image_ids[index].item(), "index": index,
             "original_size": tuple(original_size)}
+
+
+def ignore_signals(worker: int):
+    """For DataLoader's worker_init_fn: a loader process ignores Ctrl-C and SIGTERM.
+
+    Schedulers and torchrun send them to every process. The training finishes its step with the loader's help,
+    and then `runtime.run_main` ends the loader. After kill -9 of the training it ends by itself in seconds.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # What each loader process is reading, in memory that forked processes share and that survives them.

@@ -48,6 +48,7 @@ from data import (
     check_pad_to,
     collate,
     death_of_a_loader,
+    ignore_signals,
     load_sample,
     resize,
     resized_shape,
@@ -101,7 +102,7 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
     # A generator of its own: starting the loader must not change the random numbers of a training.
     loader = DataLoader(TestSamples(dataset, settings.min_size, settings.max_size), batch_sampler=sampler,
                         num_workers=settings.workers, collate_fn=make_batch, pin_memory=device.type != "cpu",
-                        generator=torch.Generator())
+                        worker_init_fn=ignore_signals, generator=torch.Generator())
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
     nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # loads the kernels untimed
     clock = time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from draw import draw_runs
-from runtime import Place, UserError, atomic_write, copy_prints, print0
+from runtime import TEMPORARY, Place, UserError, atomic_write, copy_prints, print0
 
 
 def environment(place: Place) -> str:
@@ -62,7 +62,10 @@ class RunLog:
         self.sums_before = {}  # loss_sums before the current step
 
     def open(self):
-        """Opens log.jsonl, see `open_log`, and log.txt, which gets what the screen shows. Rank 0 only."""
+        """Opens log.jsonl, see `open_log`, and log.txt, which gets what the screen shows. Rank 0 only.
+
+        The folder must be locked, see `lock_folder`.
+        """
         if self.place.rank == 0:
             self.file = open_log(self.args, self.start)
             copy_prints(self.args.out / "log.txt")
@@ -150,12 +153,30 @@ class Progress:
             print(f"\r{line}  ", end="\n" if ended else "", file=sys.stderr, flush=True)
 
 
+def lock_folder(out: Path, place: Place):
+    """Locks an output folder for the training in this process. Keep what it returns as long as the lock.
+
+    Raises UserError if another training writes there. Files that a killed process left half written are
+    removed. The system releases the lock when the process ends, even after kill -9.
+    """
+    if place.rank > 0:
+        return None
+    file = open(out / ".lock", "w")
+    try:
+        # lockf: loader processes do not inherit the lock, so it cannot outlive this process.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another run is writing there; choose another folder") from None
+    except OSError:  # a file system without locks
+        return file
+    for path in out.glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):  # names of `atomic_write`
+        path.unlink(missing_ok=True)
+    return file
+
+
 def open_log(args: argparse.Namespace, start: int):
-    """log.jsonl, locked. A run resumed in its own folder continues it, another one renames the old files."""
+    """log.jsonl. A run resumed in its own folder continues it, another one renames the old files."""
     path = args.out / "log.jsonl"
-    if path.exists():
-        with open(path, "a") as file:  # before anything is moved
-            refuse_second_writer(file, args.out)
     if args.resume and args.resume.parent.resolve() == args.out.resolve():
         trim_log(path, start)
     else:
@@ -164,22 +185,7 @@ def open_log(args: argparse.Namespace, start: int):
                 number = next(n for n in range(1, 10 ** 6) if not (args.out / f"earlier{n}_{name}").exists())
                 os.replace(args.out / name, args.out / f"earlier{number}_{name}")
                 print0(f"{args.out / name} of an earlier run is now earlier{number}_{name}")
-    file = open(path, "a")
-    refuse_second_writer(file, args.out)
-    return file
-
-
-def refuse_second_writer(log_file, out: Path):
-    """Stops if another run has this log open: both would write the same checkpoint.
-
-    The system releases the lock when the process ends, even after kill -9.
-    """
-    try:
-        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another run is writing there; choose another folder") from None
-    except OSError:  # a file system without locks
-        pass
+    return open(path, "a")
 
 
 def trim_log(path: Path, step: int):

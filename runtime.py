@@ -7,7 +7,9 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import signal
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 # Rank 0 scores while the others wait in a collective, so the limit is far above torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
 class UserError(ValueError):
@@ -148,12 +151,16 @@ def make_folder(path: Path):
 def atomic_write(path: Path):
     """A binary file that appears at `path` complete or not at all.
 
-    It is written under a temporary name, flushed to disk, then moved. Raises OSError that names the path; a
-    file that was there before is then untouched.
+    It is written under a temporary name that no other writer has, flushed to disk, then moved. Raises OSError
+    that names the path; a file that was there before is then untouched. A folder, a device or a pipe at
+    `path` is refused.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    path = Path(os.path.realpath(path))  # a link stays, and the file it leads to is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file: give another name to write to")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -182,15 +189,23 @@ class Parser(argparse.ArgumentParser):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM set `received`. The training loop then finishes its step, saves and ends."""
+    """Ctrl-C and SIGTERM. The training loop then finishes its step, saves and ends.
+
+    A rank whose torchrun was killed is interrupted too: it would train on as an orphan.
+    """
 
     def __init__(self):
-        self.received = False
+        self._signal = False
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._default = {number: signal.signal(number, self._note)
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, *_):
-        self.received = True
+        self._signal = True
+
+    @property
+    def received(self) -> bool:
+        return self._signal or self._torchrun not in (None, os.getppid())
 
     @contextmanager
     def at_once(self):
@@ -208,6 +223,16 @@ def run_main(main, explain=None):
     explain: takes an unexpected error; returns one line for the user, or None if it is a bug. With several
     ranks, only the first to fail prints the reason; the others usually fail as a consequence.
     """
+    try:
+        _run_main(main, explain)
+    finally:
+        # Loader processes ignore SIGTERM, with which multiprocessing would end them, and wait for them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of one for an error
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+def _run_main(main, explain):
     try:
         main()
         if dist.is_initialized():  # after a failure this could wait for ranks that never come

@@ -43,13 +43,14 @@ from data import (
     check_pad_to,
     collate,
     death_of_a_loader,
+    ignore_signals,
     shape_buckets,
 )
 from defrcn import Affine
 from evaluate import EvalSettings, evaluate
 from recipes import REFERENCE_BATCH, VERIFY_BELOW, parse_args
 from resume import TrainingState, restore_rng, restore_training, save_best, save_training
-from runlog import Progress, RunLog, environment
+from runlog import Progress, RunLog, environment, lock_folder
 from runtime import AMP, Place, UserError, gather_objects, print0
 from shapes import open_dataset
 from weights import load_imagenet
@@ -287,6 +288,7 @@ def main():
     device, rank, world = place
     print0(environment(place))
     runtime.make_folder(args.out)
+    lock = lock_folder(args.out, place)
     accumulate = micro_batches_per_step(args, world)
 
     # ---- data
@@ -331,7 +333,7 @@ def main():
     make_batch = partial(collate, size_divisor=model.size_divisor, shapes=shapes,
                          min_objects=train_set.max_objects() if shapes else 1)
     loader = iter(DataLoader(samples, batch_sampler=sampler, num_workers=args.workers, collate_fn=make_batch,
-                             pin_memory=device.type != "cpu"))
+                             worker_init_fn=ignore_signals, pin_memory=device.type != "cpu"))
     if args.resume:
         restore_rng(checkpoint, place)  # after the loader, which draws a random number when it starts
 

@@ -18,11 +18,11 @@ import checkpoint
 import recipes
 import train
 from runlog import open_log, trim_log
-from runtime import UserError
 from shapes import OUTLINES
 
 TINY = ("train.py", "--device", "cpu", "--workers", 1, "--log-every", 1, "--out", "out", "--no-eval",
         "--train-split", "val")  # the small one
+FILES = {"last.pth", "log.jsonl", "log.txt", "curves.png", ".lock"}  # that a run without evaluation leaves
 TIMES = ("data_s", "step_s", "images_per_s", "memory_gb", "eta_s")
 
 
@@ -45,6 +45,12 @@ def assert_equal_weights(one, two):
     assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
 
 
+def being_written(folder, size=0):
+    """Whether a checkpoint of at least `size` bytes is half written."""
+    with suppress(FileNotFoundError):  # it was moved to its place at this moment
+        return any(path.stat().st_size >= size for path in folder.glob("last.pth.*.tmp"))
+
+
 # ---------------------------------------------------------------------------------------------- killed
 
 @pytest.mark.slow
@@ -64,12 +70,11 @@ def test_twenty_kills_cost_nothing(background, tmp_path):
         run = background(killed, *command, *resume)
         wait_for(run, "step ")
         time.sleep(moments.uniform(0, 0.6))
-        temporary = killed / "out" / "last.pth.tmp"
-        while kill % 2 and not (temporary.exists() and temporary.stat().st_size > 10 ** 6):
+        while kill % 2 and not being_written(killed / "out", 10 ** 6):
             assert run.poll() is None, f"kill {kill}: the run came to its end"
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
-        in_writing += temporary.exists()
+        in_writing += being_written(killed / "out")
         checkpoint = weights(killed)  # whole, whatever happened
         assert checkpoint["step"] >= reached
         reached = checkpoint["step"]
@@ -79,7 +84,7 @@ def test_twenty_kills_cost_nothing(background, tmp_path):
     assert f"step {steps}/{steps}" in out
     assert_equal_weights(weights(killed), weights(whole))
     assert rows(killed) == rows(whole)
-    assert {p.name for p in (killed / "out").iterdir()} == {"last.pth", "log.jsonl", "log.txt"}
+    assert {p.name for p in (killed / "out").iterdir()} == FILES
 
 
 @pytest.mark.slow
@@ -115,19 +120,35 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(background, 
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: out/last.pth cannot be written") and "too large" in last
     assert (tmp_path / "out" / "last.pth").read_bytes() == before
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pth", "log.jsonl", "log.txt"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
     out = background(tmp_path, *command, "--resume").communicate(timeout=120)[0]
     assert "step 8/8" in out and [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
 
 
-def test_one_folder_takes_one_run(tmp_path):
-    args = argparse.Namespace(out=tmp_path, resume=None)
-    with open_log(args, 0):
-        (tmp_path / "last.pth").write_text("of the running training")
-        with pytest.raises(UserError, match="another run is writing there"):
-            open_log(args, 0)
-        assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "log.jsonl"}
-    with open_log(args, 0):
+@pytest.mark.slow
+def test_one_folder_takes_one_run(background, script, tmp_path):
+    command = (*TINY, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--save-every", 2)
+    run = background(tmp_path, *command, "--max-steps", 500)
+    wait_for(run, "step 3/")
+    for words in (command, (*command, "--resume"), (*command, "--out", "elsewhere/../out")):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        code, out, err = script(*words, "--max-steps", 600)
+        assert code == 1 and "another run is writing there; choose another folder" in err
+        assert "step" not in out.partition("lr ")[2] and "is now" not in out
+    run.send_signal(signal.SIGTERM)
+    out = run.communicate(timeout=60)[0]
+    assert "interrupted: saved out/last.pth" in out
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, weights(tmp_path)["step"] + 1))
+    half = tmp_path / "out" / "last.pth.0123abcd.tmp"  # of a process that was killed
+    half.touch()
+    code, out, err = script(*command, "--resume", "--max-steps", weights(tmp_path)["step"] + 1)
+    assert code == 0 and not half.exists(), err
+
+
+def test_a_new_run_keeps_the_files_of_an_earlier_one(tmp_path):
+    (tmp_path / "last.pth").write_text("of the earlier run")
+    (tmp_path / "log.jsonl").touch()
+    with open_log(argparse.Namespace(out=tmp_path, resume=None), 0):
         assert {path.name for path in tmp_path.iterdir()} == {"earlier1_last.pth", "earlier1_log.jsonl",
                                                               "log.jsonl"}
 
@@ -254,6 +275,41 @@ def test_an_interruption_of_one_rank_stops_all_after_the_step(background, tmp_pa
     out = run.communicate(timeout=90)[0]
     assert run.returncode == 0 and "interrupted: saved out/last.pth" in out
     assert 3 <= weights(tmp_path)["step"] < 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_to_every_process_saves(background, tmp_path, ranks):
+    """Schedulers signal the whole group: torchrun, the ranks and their loader processes, more than once."""
+    run = background(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500, "--save-every", 1000,
+                     launcher=torchrun(ranks))
+    wait_for(run, "step 3/")
+    os.killpg(run.pid, signal.SIGTERM)
+    time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    out = run.communicate(timeout=90)[0]
+    assert "interrupted: saved out/last.pth" in out and "loader process" not in out and "memory" not in out
+    assert 3 <= weights(tmp_path)["step"] < 500
+    assert subprocess.run(["pgrep", "-g", str(run.pid)]).returncode == 1  # nobody is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_killed_parent_leaves_behind_ends_by_itself(background, tmp_path, ranks):
+    """Loader processes without their training; ranks without their torchrun, which save first."""
+    run = background(tmp_path, *TINY, "--batch-size", 4, "--max-steps", 500, "--save-every", 1000,
+                     launcher=torchrun(ranks))
+    wait_for(run, "step 3/")
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == ranks  # a loader process, or two ranks
+    run.kill()
+    run.wait()
+    deadline = time.time() + 60
+    while any(os.path.exists(f"/proc/{child}") for child in children):
+        assert time.time() < deadline, "they go on"
+        time.sleep(0.2)
+    if ranks > 1:
+        assert 3 <= weights(tmp_path)["step"] < 500
 
 
 def test_a_file_without_a_training_state_cannot_be_resumed(tmp_path, mistake):
