@@ -11,16 +11,26 @@ import torch
 from torch import nn
 
 from convert import TorchvisionFasterRCNN, TorchvisionFCOS, TorchvisionRetinaNet, convert_detector
+from data import check_names
 from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN, FineTuningPredictor, transfer_class_rows
 from faster_rcnn import FasterRCNN, Predictor
 from fcos import FCOS
 from fsaf import FSAF
-from runtime import atomic_write, memory_format, print0
-from weights import WeightsError, read_file
+from runtime import atomic_write, blame, memory_format, print0
+from weights import WeightsError, extract_state_dict, read_file, refuse_nonfinite
 
 # Arguments that define the architecture. They come from the checkpoint unless given on the command line.
 MODEL_ARGS = ("model", "backbone", "fpn", "fpn_channels", "caffe", "original", "tower_bias", "torchvision",
               "fsaf_branch", "ignore_scale", "decouple", "cosine", "pool_size", "roi_samples", "proposals")
+# What the arguments in a checkpoint must be for a model to be built and scored. None means: not used.
+ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", "train_split", "val_split",
+                            "train_json", "train_images", "val_json", "val_images", "stage", "pcb_weights",
+                            "shot_lists")),
+             "whole number": (int, ("freeze_at", "fpn_channels", "max_size", "roi_samples", "pool_size",
+                                    "shots", "shot_seed", "original", "fpn", "caffe", "decouple", "cosine",
+                                    "generalized")),
+             "number": ((int, float), ("ignore_scale", "rpn_grad_scale", "roi_grad_scale")),
+             "list": (list, ("min_size", "pad_to", "proposals", "novel_classes"))}
 CLASS_LAYERS = ("head.cls_logits.", "head.anchor_logits.", "predictor.")  # their shape depends on the classes
 
 
@@ -65,15 +75,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", original: b
     checkpoint = read_checkpoint(path, original)
     names = checkpoint["names"]
     model = build_model(checkpoint["args"], len(names))
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: its weights do not fit the model that its arguments describe "
-                           f"({' '.join(str(error).split())})") from error
-    nonfinite = [key for key, value in checkpoint["model"].items() if not value.isfinite().all()]
-    if nonfinite:
-        raise WeightsError(f"{path}: {len(nonfinite)} tensors hold values that are not finite, the first is "
-                           f"{nonfinite[0]}")
+    model.load_state_dict(checkpoint["model"])
     info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step", "notes", "named")}
     if classes is not None:
         different = len(set(classes))
@@ -103,16 +105,51 @@ def read_checkpoint(path: str | Path, original: bool = False) -> dict:
         raise WeightsError(f"checkpoint {path} does not exist")
     content = read_file(path)
     if not isinstance(content, dict) or not {"args", "names"} <= set(content):
-        converted = convert_detector(path, content, original)
-        return {**_fit_to_model(path, converted), "path": path}
+        with blame(path, WeightsError, "not a detector that is known here"):
+            converted = _fit_to_model(path, convert_detector(path, content, original))
+        refuse_nonfinite(converted["model"], path)
+        return {**converted, "path": path}
     missing = {"model", "category_ids", "step"} - set(content)
     if missing:
         raise WeightsError(f"{path}: not a complete checkpoint of train.py, it lacks "
                            f"{', '.join(sorted(missing))}")
-    args = content["args"]
-    if args.get("model") == "faster_rcnn":
-        args = {"fpn": False, **args}  # older checkpoints are of C4 and do not say so
-    return {**content, "args": args, "path": path, "notes": [], "named": True}
+    if isinstance(content["args"], dict) and content["args"].get("model") == "faster_rcnn":
+        content["args"] = {"fpn": False, **content["args"]}  # older checkpoints are of C4 and do not say so
+    with blame(path, WeightsError, "not a checkpoint of train.py"):
+        _check_schema(content, path)
+    return {**content, "path": path, "notes": [], "named": True}
+
+
+def _check_schema(content: dict, path: str | Path):
+    """Raises WeightsError or another exception if a checkpoint of train.py describes no model and classes.
+
+    It comes before anything in the file is used or printed.
+    """
+    args, names, ids = content["args"], content["names"], content["category_ids"]
+    for word, (kind, keys) in ARG_KINDS.items():
+        wrong = [key for key in keys if args[key] is not None and not isinstance(args[key], kind)]
+        if wrong:
+            raise WeightsError(f"{path}: its argument {wrong[0]} is no {word}")
+    if not args["min_size"] or not args["max_size"] or not 0 < args["max_size"] < 2 ** 20:
+        raise WeightsError(f"{path}: its argument min_size or max_size is no size")
+    for key in ("min_size", "pad_to", "proposals"):
+        if not all(type(side) is int and 0 < side < 2 ** 20 for side in args[key] or ()):
+            raise WeightsError(f"{path}: its argument {key} is no list of sizes")
+    if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)
+            and len(set(names)) == len(names) and isinstance(ids, list) and len(ids) == len(names)
+            and all(isinstance(i, (int, str)) for i in ids) and isinstance(content["step"], int)):
+        raise WeightsError(f"{path}: its classes, their ids or its step are damaged")
+    check_names(names, path)
+    with torch.device("meta"):  # takes no memory, whatever sizes the arguments name
+        own = build_model(args, len(names)).state_dict()
+    state = extract_state_dict(content["model"], path)
+    different = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    unknown = [key for key in content["model"] if key not in own]
+    if different or unknown:
+        raise WeightsError(f"{path}: its weights do not fit the model that its arguments describe "
+                           f"({len(different)} are missing or of another shape {different[:3]}, "
+                           f"{len(unknown)} have no place {str(unknown[:3])[:200]})")
+    refuse_nonfinite(state, path)
 
 
 def _fit_to_model(path: str | Path, converted: dict) -> dict:

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import signal
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,6 +51,22 @@ class DataError(UserError):
     """The data cannot be used. The message names the file, the image, the annotation and the bad value."""
 
 
+def read_text(path: Path) -> str:
+    """A text file of the user's. Raises DataError if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error})") from error
+
+
+def check_names(names: list[str], source):
+    """Raises DataError for a class name that is empty or holds control characters or lone surrogates."""
+    for name in names:
+        if not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+            raise DataError(f"{source}: {ascii(name[:80])} cannot be a class name: it is empty or holds "
+                            f"characters that cannot be shown")
+
+
 # ---------------------------------------------------------------------------------------------- dataset
 
 class DetectionDataset:
@@ -56,23 +74,28 @@ class DetectionDataset:
 
     C classes: names; category_ids as in the files.
     N images: image_ids; paths as bytes; sizes (N, 2) height, width in px.
-    A boxes, sorted by image: boxes (A, 4) xyxy px; classes (A,) int64 0..C-1; areas (A,) px^2, by default of
-    the boxes; crowd and difficult (A,) bool; annotation_order (A,), the place of each box before sorting.
+    A boxes, sorted by image: boxes (A, 4) xyxy px; boxes_xywh (A, 4), the numbers of a COCO file, for scoring
+    (x + w - x is not exactly w); classes (A,) int64 0..C-1; areas (A,) px^2, by default of the boxes; crowd
+    and difficult (A,) bool; annotation_order (A,), the place of each box before sorting.
     notes: lines to print before training. voc: whether VOC's AP50 is scored, too. annotated: False for a file
     that holds images only, such as COCO's test-dev: there is nothing to score. The constructor takes the
     boxes in any order; image_index (A,) is the index of the image of each box.
     """
 
     def __init__(self, names, category_ids, *, image_ids, paths, sizes, boxes, classes, image_index,
-                 areas=None, crowd=False, difficult=False, notes=(), voc=False, annotated=True):
+                 boxes_xywh=None, areas=None, crowd=False, difficult=False, notes=(), voc=False,
+                 annotated=True):
         self.names, self.category_ids = list(names), list(category_ids)
         self.notes, self.voc, self.annotated = list(notes), voc, annotated
         self.image_ids, self.paths = np.asarray(image_ids), np.array([os.fsencode(path) for path in paths])
         self.sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        if boxes_xywh is None:
+            boxes_xywh = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
         if areas is None:
-            areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+            areas = boxes_xywh[:, 2:].prod(axis=1)
         order = self.annotation_order = np.argsort(image_index, kind="stable")
+        self.boxes_xywh = np.asarray(boxes_xywh, np.float64).reshape(-1, 4)[order]
         self.boxes, self.classes = boxes[order], np.asarray(classes, np.int64)[order]
         self.areas = np.asarray(areas, np.float64)[order]
         self.crowd = np.broadcast_to(np.asarray(crowd, bool), len(boxes))[order]
@@ -145,25 +168,38 @@ class DetectionDataset:
 def read_image(path: str, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
     """Any image that Pillow reads, as upright RGB (EXIF orientation applied).
 
-    size: (height, width) that it must have. shrink: factor by which the caller will reduce it. A JPEG is
-    decoded at 1/2, 1/4 or 1/8 if that factor is at most `shrink` and divides both sides. A remainder would
-    shift the image against its boxes. Raises DataError for a missing or broken file or another size.
+    size: (height, width) that it must have; a file of another size is not decoded. shrink: factor by which
+    the caller will reduce it. A JPEG is decoded at 1/2, 1/4 or 1/8 if that factor is at most `shrink` and
+    divides both sides. A remainder would shift the image against its boxes. Raises DataError for a missing or
+    broken file or another size.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise DataError(f"{path}: there is no such image file")
     try:
         with Image.open(path) as image:
             width, height = image.size
+            if size:
+                _check_size(path, sorted((height, width)), sorted(size))  # not decoded: it could be huge
             factor = next((n for n in (8, 4, 2) if n <= shrink and width % n == height % n == 0), 1)
             image.draft(None, (width // factor, height // factor))  # has no effect on formats other than JPEG
             image.load()
             if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by 90 degrees
                 width, height = height, width
             image = upright_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error
-    if size not in (None, (height, width)):
-        raise DataError(f"{path}: the image is {width} x {height} (EXIF orientation applied), but its "
-                        f"annotation says {size[1]} x {size[0]}, so its boxes cannot be placed")
+    except DataError:
+        raise
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        raise DataError(f"{path}: cannot be read as an image ({error or type(error).__name__})") from error
+    if size:
+        _check_size(path, (height, width), size)
     return image
+
+
+def _check_size(path: str, found, annotated):
+    """found, annotated: (height, width), both sorted while the orientation is not known."""
+    if tuple(found) != tuple(annotated):
+        raise DataError(f"{path}: the image is {found[1]} x {found[0]} (EXIF orientation applied), but its "
+                        f"annotation says {annotated[1]} x {annotated[0]}, so its boxes cannot be placed")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -41,6 +41,7 @@ from torch.utils.data import DataLoader
 from analysis import image_errors, precision_recall, proposal_recall
 from checkpoint import load_model
 from data import (
+    MAX_WORKERS,
     DataError,
     DetectionDataset,
     SameSizeBatchSampler,
@@ -267,6 +268,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--proposals-recall needs --ckpt and annotated data")
     if args.batch_size < 1 or min(args.workers, args.pictures, args.worst) < 0:
         parser.error("--batch-size must be at least 1, --workers, --pictures and --worst at least 0")
+    if args.workers > MAX_WORKERS:
+        parser.error(f"--workers must be at most {MAX_WORKERS}, not {args.workers}")
     return args
 
 
@@ -333,8 +336,8 @@ def detect_image(model: torch.nn.Module, info: dict, image: str | Path | Image.I
         sample = sample_without_objects(resize(np.array(image), *shape), image.size[::-1])
     else:
         raise TypeError(f"detect_image takes a path or a Pillow image, not {type(image).__name__}. "
-                        f"Image.fromarray(array) makes one of an RGB array, Image.fromarray(array[..., ::-1]) "
-                        f"of an array of OpenCV, which is BGR")
+                        f"Image.fromarray(array) makes one of an RGB array. OpenCV's arrays are BGR: "
+                        f"Image.fromarray(array[..., ::-1])")
     pad_to = info["args"]["pad_to"]
     batch = collate([sample], model.size_divisor, [pad_to] if pad_to else None)
     device = model.pixel_mean.device

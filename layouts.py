@@ -5,7 +5,6 @@ notes of the dataset; any other mistake raises DataError.
 """
 import glob
 import json
-import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,13 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data import IMAGE_SUFFIXES, VOC_CLASSES, DataError, DetectionDataset, read_image, try_images
-from runtime import print0
+from data import (
+    IMAGE_SUFFIXES,
+    VOC_CLASSES,
+    DataError,
+    DetectionDataset,
+    check_names,
+    read_image,
+    read_text,
+    try_images,
+)
+from runtime import blame, print0
 
 LISTED_PROBLEMS = 10  # invalid boxes that are described one by one, before "... and N more"
 # COCO's customary splits without a folder of their own: {split: folder of its images}
 EXTRA_COCO_SPLITS = {"minival2014": "val2014", "valminusminival2014": "val2014", "test-dev2017": "test2017"}
 ROBOFLOW_FILE = "_annotations.coco.json"
+MAX_SIDE = 2 ** 20  # px; an image cannot be wider or higher
 LARGE_FILE = 50_000_000  # bytes of an annotation file whose reading is announced
 
 
@@ -197,7 +206,8 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     """
     images, paths, annotations, files, categories = [], [], [], [], {}
     for path, folder in parts:
-        content = _read_coco_file(path)
+        with blame(path, DataError):
+            content = _read_coco_file(path)
         found = {category["id"]: category["name"] for category in content["categories"]}
         if categories and found != categories:
             raise DataError(f"{path}: its categories differ from those of {parts[0][0]}")
@@ -216,8 +226,7 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
     label_of = {category: names.index(name) for category, name in categories.items()}
     index_of = {image["id"]: i for i, image in enumerate(images)}
     image_ids = np.array(list(index_of))
-    if image_ids.tolist() != list(index_of):
-        raise DataError(f"{source}: image ids must be all text or all numbers below 2^63")
+    _check_ids(list(index_of), f"{source}: the image ids of the files together")
     refuse_duplicates([image["id"] for image in images], "image id", source,
                        ". The files number their images alike: give every image an id of its own")
     notes = [f"{file}: annotation id 0 (image {a['image_id']}): pycocotools ignores it, scoring here does not"
@@ -230,13 +239,14 @@ def load_coco(parts: list[tuple[Path, Path]], names: list[str] | None = None) ->
 
     sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
     image_index = np.array([index_of[a["image_id"]] for a in annotations], np.int64)
-    xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+    with blame(source, DataError, "has a bbox that is no number"):  # a whole number may have any size
+        xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
     valid = valid_boxes(boxes, (xywh[:, 2:] > 0).all(axis=1), sizes[image_index], describe, notes)
     annotations = [annotations[i] for i in np.flatnonzero(valid)]
     return DetectionDataset(
         names, sorted(label_of, key=label_of.get), image_ids=image_ids, paths=paths, sizes=sizes,
-        boxes=boxes[valid], classes=[label_of[a["category_id"]] for a in annotations],
+        boxes=boxes[valid], boxes_xywh=xywh[valid], classes=[label_of[a["category_id"]] for a in annotations],
         image_index=image_index[valid], crowd=[bool(a.get("iscrowd")) for a in annotations], notes=notes,
         annotated=not all(path.name.startswith("image_info") for path, _ in parts),
         areas=[a["area"] if isinstance(a.get("area"), _NUMBER) else a["bbox"][2] * a["bbox"][3]
@@ -280,12 +290,15 @@ def _read_coco_file(path: Path) -> dict:
     images, categories = content["images"], content["categories"]
     if not images or not categories:
         raise DataError(f"{path}: has {len(images)} images and {len(categories)} categories")
+    for key in _COCO_FIELDS:
+        _check_ids([row["id"] for row in content[key]], f"{path}: the ids of {key}")
+    check_names([category["name"] for category in categories], path)
     refuse_duplicates([category["id"] for category in categories], "category id", path)
     refuse_duplicates([category["name"] for category in categories], "category name", path)
     refuse_duplicates([image["id"] for image in images], "image id", path)
     refuse_duplicates([a["id"] for a in content["annotations"]], "annotation id", path)
     for image in images:
-        if not (1 <= image["width"] < math.inf and 1 <= image["height"] < math.inf):
+        if not (1 <= image["width"] <= MAX_SIDE and 1 <= image["height"] <= MAX_SIDE):
             raise DataError(f"{path}: image {image['id']}: width {image['width']}, height {image['height']}")
     image_ids, category_ids = {image["id"] for image in images}, {category["id"] for category in categories}
     for a in content["annotations"]:
@@ -300,8 +313,16 @@ def _read_coco_file(path: Path) -> dict:
         if a.get("iscrowd") not in (None, 0, 1):
             raise DataError(f"{where}: iscrowd is {a['iscrowd']!r}, not 0 or 1")
         if not (len(a["bbox"]) == 4 and all(isinstance(v, _NUMBER) for v in a["bbox"])):
-            raise DataError(f"{where}: bbox {a['bbox']} is not [x, y, width, height]")
+            raise DataError(f"{where}: bbox {str(a['bbox'])[:80]} is not [x, y, width, height]")
+        if isinstance(a.get("area"), _NUMBER) and not 0 <= a["area"] < 1e300:
+            raise DataError(f"{where}: area {a['area']}")
     return content
+
+
+def _check_ids(ids: list, what: str):
+    """Raises DataError unless all ids are text, or all are whole numbers of 64 bits."""
+    if not (all(isinstance(i, str) for i in ids) or all(type(i) is int and abs(i) < 2 ** 63 for i in ids)):
+        raise DataError(f"{what} must be all text or all whole numbers below 2^63")
 
 
 def load_voc(root: Path, split: str, names: list[str] | None = None) -> DetectionDataset:
@@ -320,7 +341,7 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
             base = root / f"VOC{year}"
         listing = base / "ImageSets" / "Main" / f"{subset}.txt"
         if listing.is_file():
-            lines = listing.read_text().splitlines()
+            lines = read_text(listing).splitlines()
         elif subset == "all" and base == root:
             lines = sorted(path.stem for path in (base / "Annotations").glob("*.xml"))
         else:
@@ -344,6 +365,7 @@ def load_voc(root: Path, split: str, names: list[str] | None = None) -> Detectio
     if names is None:
         found_names = {obj["name"] for obj in objects}
         names = list(VOC_CLASSES) if found_names <= set(VOC_CLASSES) else sorted(found_names)
+    check_names(names, root)
     notes += similar_names(names, root)
     for obj in objects:
         if obj["name"] not in names:
@@ -375,7 +397,7 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[dict]]
         raise DataError(f"annotation file {path} does not exist")
     try:
         tree = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # LookupError: an unknown encoding
         raise DataError(f"{path}: not XML ({error})") from error
     try:
         size = tuple(int(float(tree.findtext(f"size/{side}", "0"))) for side in ("height", "width"))
@@ -385,7 +407,9 @@ def _read_voc_file(path: Path) -> tuple[tuple[int, int] | None, str, list[dict]]
             name, difficult = obj.findtext("name").strip(), obj.findtext("difficult", "0").strip() == "1"
             objects.append({"name": name, "bndbox": bndbox, "difficult": difficult,
                             "text": f"{path}: object {number} ({name}), bndbox {bndbox}"})
-    except (TypeError, ValueError, AttributeError) as error:
+        if max(size) > MAX_SIDE:
+            raise ValueError(f"size {size}")
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not a VOC annotation: no valid size, name or bndbox ({error})") from error
     suffix = Path(tree.findtext("filename", "").strip()).suffix or ".jpg"
     return (size if min(size) > 0 else None), suffix, objects

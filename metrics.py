@@ -2,7 +2,6 @@
 import contextlib
 import io
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from runtime import print0
 
 # The twelve lines of pycocotools' summary.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-VOC_IOU = 0.5  # a detection matches an object only above this IoU
+VOC_IOU = 0.5  # a detection matches an object from this IoU on
 
 
 class ClassGroups(NamedTuple):
@@ -82,7 +81,7 @@ def read_results(path: Path) -> list[dict]:
     """Detections in COCO result format, from this program or any other. Raises DataError."""
     try:
         results = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as detections ({error})") from error
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise DataError(f"{path}: not COCO result format, a list of {{image_id, category_id, bbox, score}}")
@@ -107,7 +106,7 @@ def _check_results(dataset: DetectionDataset, results: list[dict]):
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # false for nan; an int may exceed floats
 
 
 # ---------------------------------------------------------------------------------------------- COCO
@@ -116,8 +115,7 @@ def ground_truth(dataset: DetectionDataset) -> COCO:
     """The dataset as pycocotools wants it. VOC's difficult objects are ignored, as crowds are."""
     truth = COCO()
     image_ids, box_image = dataset.image_ids.tolist(), dataset.box_image
-    corners, sides = dataset.boxes[:, :2], dataset.boxes[:, 2:] - dataset.boxes[:, :2]
-    boxes_xywh = np.concatenate((corners, sides), axis=1).tolist()
+    boxes_xywh = dataset.boxes_xywh.tolist()
     truth.dataset = {
         "images": [{"id": image_id, "height": height, "width": width}
                    for image_id, (height, width) in zip(image_ids, dataset.sizes.tolist())],
@@ -171,8 +169,9 @@ def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool)
 
     eleven_point: True takes the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC07), False takes
     the area under the precision envelope (VOC10 and later). Detections are taken best score first. Each can
-    match the object that it overlaps most, above VOC_IOU. A second match of an object is a false positive; a
-    match of a difficult object does not count. The IoU equals that of the devkit, which counts pixels.
+    match the object that it overlaps most, with an IoU of at least VOC_IOU. A second match of an object is a
+    false positive; a match of a difficult object does not count. The IoU equals that of the devkit, which
+    counts pixels.
     """
     index_of, by_category = dataset.index_of_image(), {category: [] for category in dataset.category_ids}
     for result in results:
@@ -188,7 +187,7 @@ def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool)
             x, y, w, h = result["bbox"]
             ious = iou_with(np.array([x, y, x + w, y + h]), dataset.boxes[rows])
             best = int(ious.argmax()) if len(rows) else -1
-            if best < 0 or ious[best] <= VOC_IOU:
+            if best < 0 or ious[best] < VOC_IOU:
                 hits.append(0)
             elif not dataset.difficult[rows[best]]:
                 hits.append(int(rows[best] not in found))

@@ -2,12 +2,13 @@
 
 `parse_args` gives every argument a value. `resolve` decides it; `train.py --show-recipe` prints the result.
 """
-from runtime import AMP, Parser, print0  # before torch: see the first lines of runtime.py
+from runtime import AMP, Parser, blame, print0  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from augment import AUGMENTATIONS
@@ -250,10 +251,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     if checkpoint and given.get("model", checkpoint["args"]["model"]) != checkpoint["args"]["model"]:
         parser.error(f"{checkpoint['path']} is a checkpoint of --model {checkpoint['args']['model']}, not "
                      f"{given['model']}")
-    values, sources = resolve(given, checkpoint, names)
-    show_recipe = values.pop("show_recipe")  # not a value of the run
-    args = argparse.Namespace(**values)
-    _check(parser, args)
+    with blame(checkpoint["path"], WeightsError, "has arguments of no run") if checkpoint else nullcontext():
+        values, sources = resolve(given, checkpoint, names)
+        show_recipe = values.pop("show_recipe")  # not a value of the run
+        args = argparse.Namespace(**values)
+        _check(parser, args)
     if show_recipe:
         print0(recipe_table(args, sources))
         parser.exit()

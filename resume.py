@@ -4,7 +4,7 @@ A checkpoint for --resume holds the weights, the states of optimizer and loss sc
 state and the log sums of every rank, the arguments, the classes, and the size of the data. The learning rate
 is not in it: it is a function of the step (`train.learning_rate`).
 """
-from runtime import Place, gather_objects, print0  # before torch: see the first lines of runtime.py
+from runtime import Place, blame, gather_objects, print0  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -16,7 +16,7 @@ import torch
 from checkpoint import MODEL_ARGS, save_checkpoint
 from data import DetectionDataset
 from runlog import RunLog
-from weights import WeightsError
+from weights import WeightsError, read_file
 
 
 class TrainingState(NamedTuple):
@@ -63,8 +63,12 @@ def save_best(step: int, metrics: dict, state: TrainingState, args: argparse.Nam
     A best.pth of this or of a later step was left by a run that was resumed before that step.
     """
     path, ap = args.out / "best.pth", metrics["AP"] or 0.0
-    best = torch.load(path, "cpu", weights_only=True) if path.exists() else {"AP": -1.0, "step": 0}
-    if ap > best["AP"] or best["step"] >= step:
+    try:
+        best = read_file(path)
+        is_better = ap > best["AP"] or best["step"] >= step
+    except (WeightsError, LookupError, TypeError):  # there is none, or it is damaged
+        is_better = True
+    if is_better:
         save_checkpoint(path, {**_described_weights(step, state, args, train_set), "AP": ap})
 
 
@@ -74,6 +78,12 @@ def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Name
 
     Prints what changes. Raises WeightsError if the run cannot go on with these arguments or data.
     """
+    with blame(checkpoint["path"], WeightsError, "cannot resume, the state of its training is damaged"):
+        _restore(checkpoint, state, args, train_set, place)
+
+
+def _restore(checkpoint: dict, state: TrainingState, args: argparse.Namespace, train_set: DetectionDataset,
+             place: Place):
     path, saved = checkpoint["path"], checkpoint["args"]
     for key in (*MODEL_ARGS, "optimizer", "norm", "freeze_at", "stage", "shots", "generalized"):
         if key in saved and getattr(args, key) != saved[key]:
@@ -89,11 +99,12 @@ def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Name
     if size != checkpoint["data"]:
         print0(f"resume changes the data: {checkpoint['data'][0]} images, {checkpoint['data'][1]} boxes -> "
                f"{size[0]}, {size[1]}")
-    try:
-        state.model.load_state_dict(checkpoint["model"])
-        state.optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot resume, it holds another model ({str(error)[:200]})") from error
+    state.model.load_state_dict(checkpoint["model"])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    for parameter, values in state.optimizer.state.items():
+        for value in values.values():
+            if value is not None and value.shape not in ((), parameter.shape):
+                raise ValueError(f"a state of shape {tuple(value.shape)} for {tuple(parameter.shape)}")
     state.scaler.load_state_dict(checkpoint["scaler"])
     if len(checkpoint["ranks"]) != place.world:
         print0(f"resume changes the number of ranks: {len(checkpoint['ranks'])} -> {place.world} (a step "
@@ -106,7 +117,8 @@ def restore_training(checkpoint: dict, state: TrainingState, args: argparse.Name
 def restore_rng(checkpoint: dict, place: Place):
     """Restores the random state of this rank, if the number of ranks is the same."""
     if len(checkpoint["ranks"]) == place.world:
-        rng = checkpoint["ranks"][place.rank]["rng"]
-        torch.set_rng_state(rng["cpu"])
-        if place.device.type in rng and place.device.type != "cpu":
-            torch.get_device_module(place.device).set_rng_state(rng[place.device.type], place.device)
+        with blame(checkpoint["path"], WeightsError, "cannot resume, its random state is damaged"):
+            rng = checkpoint["ranks"][place.rank]["rng"]
+            torch.set_rng_state(rng["cpu"])
+            if place.device.type in rng and place.device.type != "cpu":
+                torch.get_device_module(place.device).set_rng_state(rng[place.device.type], place.device)

@@ -153,25 +153,28 @@ class Progress:
             print(f"\r{line}  ", end="\n" if ended else "", file=sys.stderr, flush=True)
 
 
-def lock_folder(out: Path, place: Place):
-    """Locks an output folder for the training in this process. Keep what it returns as long as the lock.
+_locks = []  # open lock files
 
-    Raises UserError if another training writes there. Files that a killed process left half written are
-    removed. The system releases the lock when the process ends, even after kill -9.
+
+def lock_folder(out: Path, place: Place):
+    """Locks an output folder for this process. Raises UserError if another training writes there.
+
+    Files that a killed process left half written are removed. The system releases the lock when the process
+    ends, even after kill -9. Rank 0 only.
     """
     if place.rank > 0:
-        return None
+        return
     file = open(out / ".lock", "w")
+    _locks.append(file)  # closing it would release the lock
     try:
         # lockf: loader processes do not inherit the lock, so it cannot outlive this process.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out}: another run is writing there; choose another folder") from None
     except OSError:  # a file system without locks
-        return file
+        return
     for path in out.glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):  # names of `atomic_write`
         path.unlink(missing_ok=True)
-    return file
 
 
 def open_log(args: argparse.Namespace, start: int):

@@ -8,12 +8,26 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import re
 import signal
+import sys
 import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+
+
+def _interrupted_while_importing(kind, error, trace):
+    """Ctrl-C in the seconds before `run_main` takes over: a line in place of a traceback."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(os.path.realpath(__file__)):
+    sys.excepthook = _interrupted_while_importing  # only for the scripts of this folder
 
 import torch
 import torch.distributed as dist
@@ -27,6 +41,23 @@ TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message names the file or value and says what to do."""
+
+
+@contextmanager
+def blame(source, error_class: type[UserError] = UserError, what: str = "cannot be used"):
+    """What fails inside becomes an error_class that names its source: a file whose content fits no rule."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise error_class(f"{source}: {what} ({reason})") from error
+
+
+def harmless(text: str) -> str:
+    """Text for the screen: control characters, which may steer a terminal, and lone surrogates as escapes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda m: ascii(m[0])[1:-1], text)
 
 
 # ------------------------------------------------------------------------------------------ device and ranks
@@ -117,8 +148,8 @@ _printed = {"lines": [], "file": None}  # what print0 printed before `copy_print
 def print0(*args):
     """print on rank 0 only, also into the file of `copy_prints`."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, flush=True)
-        text = " ".join(map(str, args))
+        text = harmless(" ".join(map(str, args)))
+        print(text, flush=True)
         if _printed["file"]:
             print(text, file=_printed["file"], flush=True)
         else:
@@ -255,6 +286,7 @@ def _run_main(main, explain):
         if not known and _fails_first():
             raise
         reason = f"error: {known}" if known else 1
+    reason = reason if reason == 1 else harmless(reason)
     if reason != 1 and _printed["file"]:
         print(reason, file=_printed["file"], flush=True)
     raise SystemExit(reason if reason == 1 or _fails_first() else 1)

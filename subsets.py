@@ -10,6 +10,7 @@ Where they do not exist, lists are drawn by the same protocol from a seed.
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Subset(DetectionDataset):
             names=names, category_ids=[source.category_ids[source.names.index(name)] for name in names],
             image_ids=source.image_ids[self.source_index], paths=source.paths[self.source_index],
             sizes=source.sizes[self.source_index], boxes=source.boxes[flat],
+            boxes_xywh=source.boxes_xywh[flat],
             classes=new_label[source.classes[flat]], areas=source.areas[flat], crowd=source.crowd[flat],
             difficult=source.difficult[flat],
             image_index=np.repeat(np.arange(len(kept)), [len(record) for record in kept]),
@@ -235,6 +237,10 @@ def _boxes_by_class(dataset: DetectionDataset) -> dict[str, dict[int, list[int]]
 
 
 def _list_path(folder: Path, dataset: DetectionDataset, name: str, shots: int) -> Path:
+    """The file of a list. A class name that is no file name, such as "../a", is changed and gets its id."""
+    category = dataset.category_ids[dataset.names.index(name)]
+    safe = re.sub(r'[/\\:*?"<>|]', "_", name)[:80]
+    name = name if safe == name else f"{safe}_{category}"
     if dataset.voc:
         return folder / f"box_{shots}shot_{name}_train.txt"
     return folder / f"full_box_{shots}shot_{name}_trainval.json"

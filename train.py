@@ -193,8 +193,8 @@ def verified_broken(args: argparse.Namespace, train_set: DetectionDataset,
                     val_set: DetectionDataset | None, place: Place) -> list[int]:
     """Decodes all images, if wanted; returns the indices of the broken training images.
 
-    The ranks share the work, and every rank returns all. Raises DataError if they are more than --skip-broken,
-    or if an image to be scored is broken.
+    The ranks share the work, and every rank returns all. Raises DataError if there are more than
+    --skip-broken, or if an image to be scored is broken.
     """
     on_disk = args.data != "shapes" or args.train_json
     datasets = [dataset for dataset in (train_set, val_set) if dataset and on_disk
@@ -288,7 +288,7 @@ def main():
     device, rank, world = place
     print0(environment(place))
     runtime.make_folder(args.out)
-    lock = lock_folder(args.out, place)
+    lock_folder(args.out, place)
     accumulate = micro_batches_per_step(args, world)
 
     # ---- data

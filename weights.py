@@ -4,8 +4,9 @@ Backbones have torchvision's names (`layer1.0.conv1.weight`) and see RGB. Other 
 they were trained on BGR, the input channels of the first convolution are flipped, once.
 """
 import hashlib
-import pickle
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ARCHITECTURES, BN_EPS, CAFFE_PIXELS, TORCHVISION_PIXELS, ResNet
-from runtime import UserError
+from runtime import UserError, blame
+from safe_pickle import read_pickle
 
 # torchvision's IMAGENET1K_V1 files, from which the published detection recipes start. Each name ends in the
 # first 8 digits of the file's SHA-256.
@@ -55,13 +57,13 @@ def read_weight_file(path: str | Path) -> dict[str, Tensor]:
 def read_file(path: str | Path):
     """Content of a `.pth` or `.pkl` file. Raises WeightsError that names the file.
 
-    Nothing in the file is executed: `.pth` files are read with weights_only, `.pkl` files with an unpickler
-    that admits only numpy arrays and builtins.
+    Nothing in the file is executed: `.pth` files are read with weights_only, `.pkl` files by safe_pickle.py.
+    A file takes at most about three times its size in memory.
     """
     try:
         if str(path).endswith(".pkl"):
-            with open(path, "rb") as file:
-                return _NumpyUnpickler(file, encoding="latin1").load()
+            return read_pickle(path)
+        _refuse_damaged_archive(path)
         with torch.serialization.safe_globals(_inert_globals(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -74,18 +76,21 @@ def read_file(path: str | Path):
         raise WeightsError(f"{path}: cannot be read as weights ({reason})") from error
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    """Unpickler for Detectron's files. It admits arrays and builtins only: a hostile file cannot run code."""
+def _refuse_damaged_archive(path: str | Path):
+    """Raises ValueError for a .pth file with flipped bits, or one whose content is larger than the file.
 
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
-               ("numpy._core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
-               ("numpy._core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer"),
-               ("numpy._core.numeric", "_frombuffer"), ("collections", "OrderedDict"), ("_codecs", "encode")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return super().find_class(module, name)
+    torch.save writes a zip archive without compression and with checksums; torch.load does not look at them.
+    """
+    if not zipfile.is_zipfile(path):  # the format of torch before 1.6
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+            raise ValueError("it is compressed or holds more than its size")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"damaged: the checksum of {damaged} does not fit its content")
 
 
 class _Inert:
@@ -114,8 +119,20 @@ def extract_state_dict(content, path: str | Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    return {key: torch.as_tensor(value) for key, value in content.items() if isinstance(key, str)
-            and (isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "fiu")}
+    state = {key: torch.as_tensor(value) for key, value in content.items() if isinstance(key, str)
+             and (isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "fiu")}
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
+            raise WeightsError(f"{path}: {key} is no ordinary tensor ({value.dtype}, {value.layout})")
+    return state
+
+
+def refuse_nonfinite(state: dict[str, Tensor], path: str | Path):
+    """Raises WeightsError if a tensor holds infinity or NaN. Compare shapes first: it reads all elements."""
+    nonfinite = [key for key, value in state.items() if not value.isfinite().all()]
+    if nonfinite:
+        raise WeightsError(f"{path}: {len(nonfinite)} tensors hold values that are not finite, the first is "
+                           f"{nonfinite[0]}")
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -178,7 +195,8 @@ def load_imagenet(backbone: ResNet, path_or_name: str) -> tuple[tuple, tuple]:
     if path_or_name in TORCHVISION_FILES and path_or_name != backbone.name:
         raise WeightsError(f"--weights {path_or_name} does not fit the backbone {backbone.name}")
     path = imagenet_file(path_or_name)
-    state, caffe, bgr, pixels = _read_imagenet(path, backbone.name)
+    with blame(path, WeightsError, "not an ImageNet ResNet"):
+        state, caffe, bgr, pixels = _read_imagenet(path, backbone.name)
     _, bottleneck, _, _ = ARCHITECTURES[backbone.name]
     if bottleneck and caffe != backbone.caffe:
         style, place, advice = ("caffe", "first 1x1", "add") if caffe else ("pytorch", "3x3", "drop")
@@ -229,6 +247,7 @@ def _load_backbone(backbone: ResNet, state: dict[str, Tensor], path: Path):
         raise WeightsError(f"{path}: does not fit {backbone.name}: {len(missing)} keys missing "
                            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(wrong)} of another "
                            f"shape {wrong[:3]}")
+    refuse_nonfinite(state, path)
     backbone.load_state_dict(state, strict=False)
 
 
@@ -245,6 +264,7 @@ def load_classifier(net: nn.Module, path_or_name: str):
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{path}: not torchvision's ResNet-101 ({reason})") from error
+    refuse_nonfinite(state, path)
 
 
 def imagenet_file(path_or_name: str) -> Path:

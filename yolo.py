@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from data import IMAGE_SUFFIXES, DataError, DetectionDataset
+from data import IMAGE_SUFFIXES, DataError, DetectionDataset, check_names, read_text
 from layouts import refuse_duplicates, similar_names, valid_boxes
 
 
@@ -27,6 +27,7 @@ def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> 
     found_names = content.get("names")
     if not isinstance(found_names, list) or not found_names:
         raise DataError(f"{path}: it must list the class names under 'names'")
+    check_names(found_names, path)
     refuse_duplicates(found_names, "class name", path)
     if names and names != found_names:
         raise DataError(f"{path}: not the model's classes: the file has {found_names}, the model {names}")
@@ -34,7 +35,7 @@ def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> 
     for split in splits:
         for image in _images_of_split(root, path, content, split):
             label = _label_file(image)
-            lines = label.read_text().splitlines() if label.is_file() else []
+            lines = read_text(label).splitlines() if label.is_file() else []
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -103,7 +104,7 @@ def _read_yolo_yaml(path: Path) -> dict:
     Names as "0: cat" are sorted by their numbers. Raises DataError if these are not 0, 1, 2, ...
     """
     content, key, text = {}, None, ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         text += re.sub(r"(^|\s)#.*", "", line).rstrip()
         if text.count("[") > text.count("]") or text.count("{") > text.count("}"):
             continue  # a list over several lines

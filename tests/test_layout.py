@@ -4,7 +4,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-LAYERS = (("ops", "runtime", "augment"),
+LAYERS = (("ops", "runtime", "augment", "safe_pickle"),
           ("data", "layouts", "yolo", "shapes", "subsets", "backbone", "metrics", "analysis", "draw",
            "runlog"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),

@@ -73,6 +73,46 @@ def test_scores_equal_pycocotools_on_the_file_itself(coco_mini):
     assert 0.1 < metrics["AP"] < 0.9
 
 
+def random_coco_set(rng, folder):
+    """A COCO file with decimal coordinates, and detections whose IoUs and scores often tie."""
+    images = [{"id": i, "file_name": "a.jpg", "width": 100, "height": 100} for i in (1, 2)]
+    categories = [{"id": 3, "name": "a"}, {"id": 8, "name": "b"}]
+    annotations, results = [], []
+    for _ in range(rng.integers(1, 12)):
+        x, y, w, h = (rng.integers(10, 300, 4) / 10).round(1).tolist()
+        image_id, category_id = int(rng.integers(1, 3)), int(rng.choice([3, 8]))
+        shift = float(rng.choice([0.1, 0.7, 3.3, w / 3]))  # w / 3: an IoU of 0.5
+        for left in {x, x + float(rng.choice([0, 2 * shift]))}:  # a detection between them
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id,
+                                "bbox": [left, y, w, h], "area": w * h, "iscrowd": int(rng.random() < 0.1)})
+        for _ in range(rng.integers(0, 3)):
+            results.append({"image_id": image_id, "category_id": category_id, "bbox": [x + shift, y, w, h],
+                            "score": float(rng.choice([0.3, 0.5, 0.9]))})
+    path = folder / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path, results
+
+
+def test_ties_are_decided_as_by_pycocotools(tmp_path, capsys):
+    for name in ("annotations", "val2017"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "val2017" / "a.jpg").touch()
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        path, results = random_coco_set(rng, tmp_path)
+        if not results:
+            continue
+        truth = COCO(str(path))
+        reference = COCOeval(truth, truth.loadRes([dict(r) for r in results]), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+        metrics = score(open_dataset(str(tmp_path), "val2017"), results)
+        expected = [None if value == -1 else value for value in reference.stats.tolist()]
+        assert [metrics[key] for key in METRICS] == expected, number
+        capsys.readouterr()
+
+
 def test_no_detections_give_zero_and_a_warning(capsys):
     metrics = score(dataset_of([[10, 10, 30, 30]], [0], [0]), [])
     assert metrics["per_class"] == {"a": 0.0, "b": None} and metrics["APl"] is None
@@ -102,13 +142,15 @@ def test_voc_ap_by_hand():
                found(11, [0, 0, 10, 9], 0.8),        # the same object again: precision 1/2
                found(11, boxes[3], 0.75),            # a difficult object: does not count
                found(11, [20, 0, 30, 12], 0.7),      # IoU 100/120: hit, precision 2/3, recall 2/3
-               found(11, [40, 0, 60, 10], 0.6)]      # IoU exactly 0.5: no hit, precision 2/4
-    # Area under the envelope: 1/3 * 1 + 1/3 * 2/3 = 5/9. Eleven points: 4 of them (0 .. 0.3) at 1, 3
-    # (0.4 .. 0.6) at 2/3, the others at 0.
-    assert voc_ap50(dataset, results, eleven_point=False)["a"] == pytest.approx(5 / 9)
-    assert voc_ap50(dataset, results, eleven_point=True)["a"] == pytest.approx((4 + 3 * 2 / 3) / 11)
+               found(11, [40, 0, 61, 10], 0.6),      # IoU 100/210: no hit, precision 2/4
+               found(11, [40, 0, 60, 10], 0.5)]      # IoU exactly 0.5: hit, precision 3/5, recall 1
+    # Area under the envelope: 1/3 * 1 + 1/3 * 2/3 + 1/3 * 3/5 = 34/45. Eleven points: 4 of them (0 .. 0.3) at
+    # 1, 3 (0.4 .. 0.6) at 2/3, 4 (0.7 .. 1) at 3/5.
+    assert voc_ap50(dataset, results, eleven_point=False)["a"] == pytest.approx(34 / 45)
+    assert voc_ap50(dataset, results, eleven_point=True)["a"] == pytest.approx((4 + 2 + 12 / 5) / 11)
     metrics = score(dataset, results)
-    assert metrics["AP50_VOC"] == pytest.approx(5 / 9) and metrics["AP50_VOC07"] == pytest.approx(6 / 11)
+    assert metrics["AP50_VOC"] == pytest.approx(34 / 45)
+    assert metrics["AP50_VOC07"] == pytest.approx(8.4 / 11)
 
 
 def test_voc_scores_equal_the_published_evaluator(tmp_path):
