@@ -16,6 +16,8 @@ PROGRAMS = Path(__file__).parent / "programs"
 SHARED = Path(os.environ.get("DETECTION_SHARED", ROOT.parent / "shared"))
 DATA = Path(os.environ.get("DETECTION_DATA", SHARED / "data"))
 sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
+import recipes  # noqa: E402
 import shapes  # noqa: E402
 from runtime import run_main  # noqa: E402
 
@@ -90,6 +92,16 @@ def mistake(tmp_path, monkeypatch, capsys, small_shapes):
             run_main(main)
         return stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     return run
+
+
+def write_checkpoint(path: Path, *words, names=("a", "b", "c"), leave_out=(), **args):
+    """A checkpoint with random weights, as train.py with these words writes it. args: other arguments."""
+    args = {**vars(recipes.parse_args([str(word) for word in words])[0]), **args}
+    args = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()
+            if key not in leave_out}
+    model = checkpoint.build_model({"fpn": False, **args}, len(names))
+    checkpoint.save_checkpoint(path, {"model": model.state_dict(), "args": args, "names": list(names),
+                                      "category_ids": list(range(1, len(names) + 1)), "step": 1})
 
 
 def environment(threads: int = 1, **more) -> dict:

@@ -265,7 +265,7 @@ def test_a_missing_package_is_named_in_one_line(checkpoint, mistake, monkeypatch
     (["--size", 0, 64], "error: --size must be positive, not [0, 64]"),
     (["--out", "file/m.onnx"], "error: --out file: cannot be used as a folder"),
     (["--out", "."], "error: --out must be a file, not the folder ."),
-    (["--check", "no.jpg"], "error: no.jpg: cannot be read as an image"),
+    (["--check", "no.jpg"], "error: no.jpg: there is no such image file"),
 ])
 def test_mistakes_end_in_one_line(checkpoint, mistake, tmp_path, words, message):
     need_onnx()

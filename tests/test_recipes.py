@@ -2,9 +2,8 @@
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import write_checkpoint
 
-from fcos import FCOS
 from recipes import parse_args as parse
 from recipes import resolve
 from train import make_schedule
@@ -37,10 +36,7 @@ def test_defaults_depend_on_the_data():
 
 def test_a_layer_decides_and_is_named(tmp_path, capsys):
     """The command line wins over the checkpoint, this over the built-in set, this over the recipe."""
-    model = FCOS(3, "resnet18", fpn_channels=64)
-    torch.save({"model": model.state_dict(), "names": ["a", "b", "c"], "category_ids": [1, 2, 3], "step": 1,
-                "args": {"model": "fcos", "backbone": "resnet18", "fpn_channels": 64, "original": True,
-                         "lr": 5.0}}, tmp_path / "c.pth")
+    write_checkpoint(tmp_path / "c.pth", "--original", lr=5.0)
     with pytest.raises(SystemExit) as stop:
         parse(["--init", str(tmp_path / "c.pth"), "--show-recipe", "--batch-size", "2"])
     assert not stop.value.code
@@ -99,8 +95,7 @@ def test_wrong_arguments_are_named(words, message, capsys):
 
 def test_published_settings_by_stage(tmp_path):
     base = tmp_path / "base.pth"
-    torch.save({"model": {}, "names": ["a"], "category_ids": [1], "step": 1,
-                "args": {"model": "defrcn", "backbone": "resnet18", "stage": "base"}}, base)
+    write_checkpoint(base, "--model", "defrcn", "--stage", "base")
     settings = ["--data", "coco", "--model", "defrcn"]
     first = parse_args([*settings, "--stage", "base", "--weights", "R.pkl"])
     assert (first.lr, first.weight_decay, first.freeze_at, first.clip, first.warmup_steps) == (
@@ -123,6 +118,5 @@ def test_the_two_forms_of_faster_rcnn_have_their_recipes(tmp_path):
     schedule = make_schedule(tutorial, 1000)
     assert (schedule.max_steps, schedule.drops, schedule.base_lr) == (60_000, [30_000, 40_000], 0.0025)
     # A checkpoint of C4 from before the form with FPN does not name its form.
-    torch.save({"model": {}, "names": ["a"], "category_ids": [1], "step": 1,
-                "args": {"model": "faster_rcnn", "backbone": "resnet18"}}, tmp_path / "old.pth")
+    write_checkpoint(tmp_path / "old.pth", "--model", "faster_rcnn", "--c4", leave_out=["fpn"])
     assert not parse_args([*words, "--init", str(tmp_path / "old.pth")]).fpn

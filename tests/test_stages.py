@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import train_small
+from conftest import train_small, write_checkpoint
 
 import fewshot
 import train
@@ -72,8 +72,7 @@ def test_the_form_with_fpn_is_fine_tuned(in_process, tmp_path):
 
 
 def test_only_two_stage_checkpoints_are_converted(mistake, tmp_path):
-    torch.save({"model": {}, "args": {"model": "fcos"}, "names": ["a"], "category_ids": [1], "step": 1},
-               tmp_path / "fcos.pth")
+    write_checkpoint(tmp_path / "fcos.pth")
     line = mistake(fewshot.main, "convert", "--init", "fcos.pth", "--out", "c.pth")
     assert "fcos.pth: is a checkpoint of --model fcos" in line and not (tmp_path / "c.pth").exists()
 

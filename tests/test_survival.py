@@ -12,10 +12,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import PROGRAMS, torchrun, wait_for
+from conftest import PROGRAMS, torchrun, wait_for, write_checkpoint
 
-import checkpoint
-import recipes
 import train
 from runlog import open_log, trim_log
 from shapes import OUTLINES
@@ -313,9 +311,6 @@ def test_what_a_killed_parent_leaves_behind_ends_by_itself(background, tmp_path,
 
 
 def test_a_file_without_a_training_state_cannot_be_resumed(tmp_path, mistake):
-    args = vars(recipes.parse_args(["--max-steps", "2"])[0])
-    content = {"model": checkpoint.build_model(args, 8).state_dict(), "step": 0, "names": list(OUTLINES),
-               "category_ids": [1], "args": {**args, "out": str(args["out"])}}
-    checkpoint.save_checkpoint(tmp_path / "last.pth", content)
+    write_checkpoint(tmp_path / "last.pth", "--max-steps", "2", names=OUTLINES)
     line = mistake(train.main, "--resume", tmp_path / "last.pth", "--device", "cpu")
     assert "last.pth: holds weights but no training to go on with: give it as --init" in line

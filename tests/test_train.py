@@ -59,7 +59,7 @@ def test_a_short_run_leaves_its_files(in_process, tmp_path):
     folder = tmp_path / "out"
     assert {p.name for p in folder.iterdir()} == {"last.pth", "best.pth", "log.jsonl", "log.txt",
                                                   "detections.json", "metrics.json", "pictures",
-                                                  "curves.png"}
+                                                  "curves.png", ".lock"}
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [1, 2, 3, 3]
     metrics = json.loads((folder / "metrics.json").read_text())
