@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data import IMAGE_SUFFIXES, DataError, DetectionDataset
+from runtime import blame
 
 ENLARGED = 512  # px; smaller images are drawn at a multiple of their size that fits in this
 GOLDEN_ANGLE = 0.381966  # as a fraction of the colour wheel
@@ -112,23 +113,29 @@ def _figure(rows: int, columns: int):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
+def _numbers_of_log(path: Path) -> list[dict[str, float]]:
+    """The rows of log.jsonl, without what is not a number."""
+    if not path.is_file():
+        raise DataError(f"{path.parent}: has no log.jsonl, so it is no run of train.py")
+    with blame(path, DataError, "is no log of train.py"):
+        rows = [{key: value for key, value in json.loads(line).items() if isinstance(value, (int, float))}
+                for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "step" in row]
+
+
 def draw_runs(folders: list[Path], path: Path):
     """Draws what log.jsonl of every run holds over its steps: each loss term, the lr, AP and AP50.
 
     Raises DataError for a run without log.jsonl, or if matplotlib is missing.
     """
-    runs = {}
-    for folder in folders:
-        if not (folder / "log.jsonl").is_file():
-            raise DataError(f"{folder}: has no log.jsonl, so it is no run of train.py")
-        runs[str(folder)] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    runs = {str(folder): _numbers_of_log(folder / "log.jsonl") for folder in folders}
     other = ("step", "epoch", "data_s", "step_s", "images_per_s", "memory_gb", "eta_s", "graphs")
     names = dict.fromkeys(name for rows in runs.values() for row in rows if "loss" in row
                           for name in row if name not in other)
     figure, axes = _figure(-(-(len(names) + 1) // 3), 3)
     for axis, name in zip(axes, [*names, "AP"]):
         for folder, rows in runs.items():
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points), marker="." if name == "AP" else None, label=folder)
         axis.set(title=name, xlabel="step")

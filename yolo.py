@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from data import IMAGE_SUFFIXES, DataError, DetectionDataset, check_names, read_text
 from layouts import refuse_duplicates, similar_names, valid_boxes
+from runtime import blame
 
 
 def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> DetectionDataset:
@@ -23,7 +24,8 @@ def load_yolo(root: Path, splits: list[str], names: list[str] | None = None) -> 
     notes; any other mistake raises DataError.
     """
     path = sorted(root.glob("*.yaml"), key=lambda path: (path.name != "data.yaml", path.name))[0]
-    content = _read_yolo_yaml(path)
+    with blame(path, DataError, "is not the part of YAML that YOLO's files use"):
+        content = _read_yolo_yaml(path)
     found_names = content.get("names")
     if not isinstance(found_names, list) or not found_names:
         raise DataError(f"{path}: it must list the class names under 'names'")

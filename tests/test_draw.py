@@ -44,6 +44,9 @@ def test_curves_of_runs_and_of_precision(tmp_path, in_process, mistake):
     for colour in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two
         assert (abs(image - colour).max(axis=-1) < 12).sum() > 100
     assert "c: has no log.jsonl" in mistake(browse.main, "--log", "a", "c")
+    for text in ("[1]", "no", '{"step": "x", "loss": [1]}\n{"step": 1}\n3'):
+        (tmp_path / "b" / "log.jsonl").write_text(text)
+        assert "b/log.jsonl: is no log of train.py" in mistake(browse.main, "--log", "a", "b")
 
 
 def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
