@@ -252,6 +252,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         parser.error(f"{checkpoint['path']} is a checkpoint of --model {checkpoint['args']['model']}, not "
                      f"{given['model']}")
     with blame(checkpoint["path"], WeightsError, "has arguments of no run") if checkpoint else nullcontext():
+        _check_saved(parser, checkpoint)
         values, sources = resolve(given, checkpoint, names)
         show_recipe = values.pop("show_recipe")  # not a value of the run
         args = argparse.Namespace(**values)
@@ -330,6 +331,20 @@ def _check(parser: Parser, args: argparse.Namespace):
              f"--loss-scale is 'dynamic' or a positive number, not {args.loss_scale}")):
         if wrong:
             parser.error(message)
+
+
+def _check_saved(parser: Parser, checkpoint: dict | None):
+    """Raises ValueError if an argument in a checkpoint is none that the command line could give."""
+    saved = checkpoint["args"] if checkpoint else {}
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        kind = (int, float) if action.type is float else int if action.type is int else str
+        kind = bool if action.nargs == 0 and action.const in (True, False, None) else kind
+        takes_list = action.nargs in ("+", 2) or action.dest == "novel_classes"
+        values = value if takes_list and isinstance(value, (list, tuple)) else [value]
+        if value is not None and not all(isinstance(v, kind) and (not action.choices or v in action.choices)
+                                         for v in values):
+            raise ValueError(f"{action.dest} {str(value)[:40]!r}")
 
 
 def _is_positive(text: str) -> bool:

@@ -100,11 +100,7 @@ def _restore(checkpoint: dict, state: TrainingState, args: argparse.Namespace, t
         print0(f"resume changes the data: {checkpoint['data'][0]} images, {checkpoint['data'][1]} boxes -> "
                f"{size[0]}, {size[1]}")
     state.model.load_state_dict(checkpoint["model"])
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    for parameter, values in state.optimizer.state.items():
-        for value in values.values():
-            if value is not None and value.shape not in ((), parameter.shape):
-                raise ValueError(f"a state of shape {tuple(value.shape)} for {tuple(parameter.shape)}")
+    _load_optimizer(state.optimizer, checkpoint["optimizer"])
     state.scaler.load_state_dict(checkpoint["scaler"])
     if len(checkpoint["ranks"]) != place.world:
         print0(f"resume changes the number of ranks: {len(checkpoint['ranks'])} -> {place.world} (a step "
@@ -112,6 +108,21 @@ def _restore(checkpoint: dict, state: TrainingState, args: argparse.Namespace, t
     else:
         state.log.load_state_dict(checkpoint["ranks"][place.rank])
     print0(f"resumed {path} at step {checkpoint['step']}")
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
+    """Restores the averages of the gradients. The arguments decide all else, such as the weight decay."""
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+        raise ValueError("the optimizer has other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    keys = {"momentum_buffer"}
+    if isinstance(optimizer, torch.optim.AdamW):
+        keys = {"step", "exp_avg", "exp_avg_sq"}
+    for parameter, values in optimizer.state.items():
+        shapes = [value.shape for value in values.values() if value is not None]
+        if set(values) != keys or not set(shapes) <= {parameter.shape, ()}:
+            raise ValueError("the state of the optimizer does not fit its parameters")
 
 
 def restore_rng(checkpoint: dict, place: Place):

@@ -75,6 +75,8 @@ class RunLog:
                 "loss_sums": {name: value.cpu() for name, value in self.loss_sums.items()}}
 
     def load_state_dict(self, state: dict):
+        if not 0 <= state["logged"] <= self.start:
+            raise ValueError(f"a log line of step {state['logged']}")
         self.logged = state["logged"]
         self.loss_sums = {name: value.to(self.place.device) for name, value in state["loss_sums"].items()}
 
