@@ -267,7 +267,7 @@ def test_mean_over_one_rank_is_the_value_without_gradient():
 def test_a_suppressed_box_suppresses_nothing():
     # A chain of boxes, longer than two blocks of the plain form. The IoU of neighbours is 6 / 14, of the next
     # but one 2 / 18: each box is either kept or suppressed by a kept neighbour.
-    left = torch.arange(2 * ops.NMS_BLOCK + 88.) * 4
+    left = torch.arange(2 * ops.NMS_BLOCK_CPU + 88.) * 4
     boxes = torch.stack((left, left * 0, left + 10, left * 0 + 10), dim=1)
     scores = torch.linspace(1, 0, len(left))
     every_other = list(range(0, len(left), 2))
