@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 
@@ -273,6 +274,24 @@ def test_a_suppressed_box_suppresses_nothing():
     every_other = list(range(0, len(left), 2))
     assert ops.nms_plain(boxes, scores, 0.3).tolist() == every_other
     assert ops.nms(boxes, scores, 0.3).tolist() == every_other
+
+
+def test_the_plain_nms_starts_no_threads():
+    # torch gives tensors of 32768 elements or more to several threads, and triu any tensor.
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "triu" not in str(func)
+            result = func(*args, **(kwargs or {}))
+            if torch.is_tensor(result) and not func.is_view:
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    boxes, scores, labels = make_crowd(9000, 0)
+    with Largest() as largest:
+        ops.nms_plain(boxes, scores, 0.7, labels)
+    assert 0 < largest.elements < 32768
 
 
 @pytest.mark.parametrize("shift, threshold, kept", [
