@@ -41,17 +41,36 @@ class FixedStatsBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
-def conv_bn(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(conv(x)), in one pass where the statistics are fixed.
+def fold_norms(module: nn.Module) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Factor and offset per channel of every batch norm of the module that has fixed statistics.
+
+    All norms share a few operators, so folding them anew in every pass costs next to nothing. Nothing is
+    stored: after training, loading or moving the weights there is no old value to use by mistake.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, FixedStatsBatchNorm2d)]
+    if not norms:
+        return {}
+    weight, bias = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).chunk(2)
+    mean, var = torch.cat([norm.running_mean for norm in norms] +
+                          [norm.running_var for norm in norms]).chunk(2)
+    scale = weight * (var + BN_EPS).rsqrt()
+    offset = bias - mean * scale
+    channels = [norm.num_features for norm in norms]
+    return dict(zip(norms, zip(scale.split(channels), offset.split(channels))))
+
+
+def conv_bn(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d,
+            folded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
+    """norm(conv(x)), in one pass if the norm is one of `folded`, from `fold_norms`.
 
     Such a norm is a factor and an offset per channel, which the convolution can apply. This saves one pass
     over the feature map, forward and backward, and its memory.
     """
-    if not isinstance(norm, FixedStatsBatchNorm2d):
+    if norm not in folded:
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale,
-                    conv.stride, conv.padding, groups=conv.groups)
+    scale, offset = folded[norm]
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], offset, conv.stride, conv.padding,
+                    groups=conv.groups)
 
 
 # ---------------------------------------------------------------------------------------------- ResNet
@@ -73,10 +92,10 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(planes)
         self.downsample = _shortcut(in_channels, planes, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn(x, self.conv1, self.bn1).relu_()
-        out = conv_bn(out, self.conv2, self.bn2)
-        return out.add_(x if self.downsample is None else conv_bn(x, *self.downsample)).relu_()
+    def forward(self, x: Tensor, folded: dict) -> Tensor:
+        out = conv_bn(x, self.conv1, self.bn1, folded).relu_()
+        out = conv_bn(out, self.conv2, self.bn2, folded)
+        return out.add_(x if self.downsample is None else conv_bn(x, *self.downsample, folded)).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -100,11 +119,11 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(out_channels)
         self.downsample = _shortcut(in_channels, out_channels, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn(x, self.conv1, self.bn1).relu_()
-        out = conv_bn(out, self.conv2, self.bn2).relu_()
-        out = conv_bn(out, self.conv3, self.bn3)
-        return out.add_(x if self.downsample is None else conv_bn(x, *self.downsample)).relu_()
+    def forward(self, x: Tensor, folded: dict) -> Tensor:
+        out = conv_bn(x, self.conv1, self.bn1, folded).relu_()
+        out = conv_bn(out, self.conv2, self.bn2, folded).relu_()
+        out = conv_bn(out, self.conv3, self.bn3, folded)
+        return out.add_(x if self.downsample is None else conv_bn(x, *self.downsample, folded)).relu_()
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm) -> nn.Sequential | None:
@@ -112,6 +131,16 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, norm) -> nn.Sequ
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+
+
+class Stage(nn.Sequential):
+    """Residual blocks in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = fold_norms(self)
+        for block in self:
+            x = block(x, folded)
+        return x
 
 
 class ResNet(nn.Module):
@@ -149,7 +178,7 @@ class ResNet(nn.Module):
                 stride = 2 if i > 0 and j == 0 else 1
                 stage.append(block(in_channels, planes, stride, groups, group_width, caffe, make_norm))
                 in_channels = planes * block.expansion
-            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+            setattr(self, f"layer{i + 1}", Stage(*stage))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -163,7 +192,8 @@ class ResNet(nn.Module):
             stage.requires_grad_(False)
 
     def forward(self, images: Tensor, last: int = 4) -> list[Tensor]:
-        x = F.max_pool2d(conv_bn(images, self.conv1, self.bn1).relu_(), 3, 2, 1)
+        x = conv_bn(images, self.conv1, self.bn1, fold_norms(self.bn1)).relu_()
+        x = F.max_pool2d(x, 3, 2, 1)
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
             x = stage(x)

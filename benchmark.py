@@ -8,11 +8,13 @@ Every round times all cases in turn, so a machine that changes its pace affects 
 means that ours is better: it is theirs / ours. The median ratio of the rounds, the least and the greatest are
 printed and written to --out, as benchmark.json and as bars in benchmark.png.
 
-    train     training step on synthetic images, the same layers frozen; also the share of targets and losses,
-              and the pace in operations per second relative to a large matrix product
+    train     training step on synthetic images, the same layers frozen; also the operators of a step, how
+              often it waits for the device, the share of targets and losses, and the pace in operations per
+              second relative to a large matrix product
     memory    peak memory of that step
     infer     images of --data to detections: evaluate.py's loop, and a plain loop over torchvision's model
-    nms       the plain form of NMS and torchvision's kernel, for the calls that the detectors make
+    nms       the plain form of NMS and torchvision's kernel, for the calls that the detectors make; with
+              --load N also while N other processes use the cores
     loader    images of --data to batches, in one process
     growth    a step for growing images, batches, objects and ranks; reading for growing datasets
     startup   from a COCO file of the size of train2017's to the first batch: time and memory
@@ -35,15 +37,18 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import ops
 from data import DetectionDataset, TrainBatchSampler, TrainSamples, collate
 from evaluate import EvalSettings, detect
 from fcos import FCOS
@@ -136,7 +141,54 @@ def train_part(args, device: torch.device):
         if isinstance(model, (FCOS, FSAF)):
             row["losses"] = loss_seconds(model, work, device) / median(times["ours"])
             print(f"    targets and losses, with their backward: {100 * row['losses']:.1f} % of the step")
+        row["operators"] = {case: count_operators(cases[case]) for case in ("ours", *peer_steps(name))}
+        for case, count in row["operators"].items():
+            print(f"    {case}: {count['operators']} operators, {count['nms']} more in the plain NMS; "
+                  f"{count['waits']} waits for the device, {count['nms_waits']} more in the plain NMS")
         yield row
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that a device would be given, and how often the host waits for a result of it.
+
+    A view is no operator, because it computes nothing. The host waits for every value that it reads and for
+    every output with a shape that depends on values.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operators = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += not func.is_view
+        self.waits += _depends_on_values(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def _depends_on_values(func, args: tuple) -> bool:
+    """Whether the host needs values of the device to know the output, or its shape."""
+    if func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_"):  # only with a mask
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+
+
+def count_operators(step) -> dict[str, int]:
+    """Operators and waits of a step, from the batch to the gradients.
+
+    The optimizer is left out: it takes parameters one by one on a CPU and all at once on a GPU. The plain NMS
+    is counted apart, because a GPU has one operator for it.
+    """
+    nms_counter = OperatorCounter()
+
+    def counted_nms(*args, **limit):
+        with nms_counter:
+            return nms_plain(*args, **limit)
+
+    with (OperatorCounter() as counter, mock.patch.object(ops, "nms_plain", counted_nms),
+          mock.patch.object(torch.optim.SGD, "step"), torch.compiler.set_stance("force_eager")):
+        step()
+    return {"operators": counter.operators - nms_counter.operators, "nms": nms_counter.operators,
+            "waits": counter.waits - nms_counter.waits, "nms_waits": nms_counter.waits}
 
 
 def loss_seconds(model: FCOS | FSAF, work: Workload, device: torch.device) -> float:
@@ -207,6 +259,37 @@ def infer_part(args, device: torch.device):
 
 def nms_part(args, device: torch.device):
     """Candidates as the detectors make them: many boxes around few objects."""
+    yield from nms_ratios(args, device, "")
+    if args.load:
+        with busy_processes(args.load):
+            yield from nms_ratios(args, device, f", beside {args.load} busy processes")
+
+
+@contextlib.contextmanager
+def busy_processes(count: int):
+    """Other processes that use the cores: each multiplies matrices with two threads until the block ends."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=multiply_forever, daemon=True) for _ in range(count)]
+    try:
+        for process in processes:
+            process.start()
+        time.sleep(5)  # they import torch first
+        yield
+    finally:
+        for process in processes:
+            if process.pid:
+                process.kill()
+                process.join()
+
+
+def multiply_forever():
+    torch.set_num_threads(2)
+    matrix = torch.randn(1024, 1024)
+    while True:
+        matrix @ matrix
+
+
+def nms_ratios(args, device: torch.device, situation: str):
     from torchvision.ops import batched_nms, nms
     generator = torch.Generator().manual_seed(0)
     for title, count, keep, threshold, classes in (("class-wise, 5000 to 100", 5000, 100, 0.6, CLASSES),
@@ -224,7 +307,7 @@ def nms_part(args, device: torch.device):
                   partial(nms, boxes, scores, threshold))
         assert torch.equal(plain(), kernel()[:keep])
         times = time_interleaved({"ours": plain, "torchvision": kernel}, max(20, args.rounds), device)
-        yield report_ratios(f"NMS {title}", times)
+        yield report_ratios(f"NMS {title}{situation}", times)
 
 
 def loader_part(args, device: torch.device):
@@ -426,6 +509,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-size", type=int, default=1333, help="limit of their long side, px")
     add("--pictures", type=int, default=20, help="number of images of infer and loader")
     add("--rounds", type=int, default=5, help="how often a case is timed")
+    add("--load", type=int, default=0, metavar="N", help="time nms also beside N busy processes")
     add("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
     add("--out", type=Path, default=Path("runs/benchmark"), help="folder of the results")
     args = parser.parse_args()
@@ -436,6 +520,8 @@ def parse_args() -> argparse.Namespace:
                         ("max_size", 32)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.load < 0:
+        parser.error(f"--load must be at least 0, not {args.load}")
     if min(args.size) < 64:
         parser.error(f"--size must be at least 64 64, not {args.size[0]} {args.size[1]}")
     args.parts = args.parts or list(PARTS)

@@ -72,7 +72,7 @@ class EvalSettings(NamedTuple):
     min_size: int  # short side, px
     max_size: int  # limit of the long side, px
     batch_size: int = 1  # images per device; only images of one size share a batch
-    workers: int = 2
+    workers: int | None = None  # loader processes; None: none on a CPU, else 2
     amp: torch.dtype | None = None
     pad_to: tuple[int, int] | None = None  # one fixed network input size (height, width)
     pictures: int = 8  # how many images are drawn
@@ -100,9 +100,13 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
                                    place.rank, place.world)
     make_batch = partial(collate, size_divisor=model.size_divisor,
                          shapes=[settings.pad_to] if settings.pad_to else None)
+    # On a CPU loader processes would take the cores from the network.
+    workers = settings.workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else 2
     # A generator of its own: starting the loader must not change the random numbers of a training.
     loader = DataLoader(TestSamples(dataset, settings.min_size, settings.max_size), batch_sampler=sampler,
-                        num_workers=settings.workers, collate_fn=make_batch, pin_memory=device.type != "cpu",
+                        num_workers=workers, collate_fn=make_batch, pin_memory=device.type != "cpu",
                         worker_init_fn=ignore_signals, generator=torch.Generator())
     results, seen, seconds = [], [], dict.fromkeys(("loading", "network", "post-processing"), 0.0)
     nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)  # loads the kernels untimed
@@ -237,7 +241,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     run.add_argument("--batch-size", type=int, default=1,
                      help="images per device (default: 1); only images of one size share a batch")
-    run.add_argument("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
+    run.add_argument("--workers", type=int, help="loader processes per rank (default: 0 on a CPU, else 2)")
     run.add_argument("--pcb-weights", help="ImageNet ResNet-101 of DeFRCN's calibration: a file, resnet101 "
                                            "for torchvision's, or none (default: the checkpoint's)")
     run.add_argument("--score-threshold", type=float,
@@ -266,9 +270,9 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be in 0..1, not {getattr(args, name)}")
     if args.proposals_recall and (args.images or args.detections):
         parser.error("--proposals-recall needs --ckpt and annotated data")
-    if args.batch_size < 1 or min(args.workers, args.pictures, args.worst) < 0:
+    if args.batch_size < 1 or min(args.workers or 0, args.pictures, args.worst) < 0:
         parser.error("--batch-size must be at least 1, --workers, --pictures and --worst at least 0")
-    if args.workers > MAX_WORKERS:
+    if (args.workers or 0) > MAX_WORKERS:
         parser.error(f"--workers must be at most {MAX_WORKERS}, not {args.workers}")
     return args
 

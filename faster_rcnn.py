@@ -47,6 +47,7 @@ from ops import (
     pairwise_iou,
     place_anchors,
     roi_align,
+    with_padding_row,
 )
 
 PIXELS = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))  # RGB mean and std of detectron2's published models
@@ -139,23 +140,25 @@ def subsample_labels(positive: Tensor, negative: Tensor, count: int, max_positiv
                      priorities: Tensor) -> tuple[Tensor, Tensor]:
     """Samples at most `max_positive` positives, then negatives up to `count` elements (Sec. 3.1.3).
 
-    positive, negative: (N,) bool. priorities: (N,) float; the smallest are sampled first.
-    Returns the sampled positives (N,) bool and the sampled negatives (N,) bool. Together they are fewer than
-    `count` if there are not enough elements.
+    positive, negative: (..., N) bool. priorities: (..., N) float; the smallest are sampled first.
+    Returns the sampled positives (..., N) bool and the sampled negatives (..., N) bool. Together they are
+    fewer than `count` if there are not enough elements.
     """
     positive = positive & (_sampling_order(priorities, positive) < max_positive)
-    negative = negative & (_sampling_order(priorities, negative) < count - positive.sum())
+    remaining = count - positive.sum(dim=-1, keepdim=True)
+    negative = negative & (_sampling_order(priorities, negative) < remaining)
     return positive, negative
 
 
 def _sampling_order(priorities: Tensor, mask: Tensor) -> Tensor:
-    """Position (N,) int64 at which each element of the mask is sampled; other elements come after them."""
-    return torch.where(mask, priorities, math.inf).argsort(stable=True).argsort()
+    """Position (..., N) int64 at which each element of the mask is sampled; other elements come later."""
+    return priorities.masked_fill(~mask, math.inf).argsort(stable=True).argsort()
 
 
 def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
-    """boxes (G, 4) at index (N,). A negative index gives a box of zeros. G may be 0."""
-    return F.pad(boxes, (0, 0, 0, 1))[torch.where(index < 0, len(boxes), index)]
+    """boxes (..., G, 4), G > 0, at index (..., N). A negative index gives a box of zeros."""
+    found = boxes.gather(-2, index.clamp(min=0)[..., None].expand(*index.shape, 4))
+    return found.masked_fill((index < 0)[..., None], 0.0)
 
 
 # ---- losses and proposals
@@ -171,18 +174,18 @@ def rpn_losses(objectness: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Te
     # DIFFERS: anchors that cross the image border are trained (detectron2, FPN); the paper ignores them.
     # DIFFERS: the box loss is L1 over the number of samples (detectron2). The paper has smooth L1, multiplied
     # by lambda = 10 and divided by the number of cells, about 2400.
-    cls_loss, box_loss = [], []
-    for logit, delta, boxes, labels in zip(objectness, deltas, gt_boxes, gt_labels):
-        match = match_anchors(anchors, boxes, labels, RPN_FOREGROUND_IOU, RPN_BACKGROUND_IOU)
-        positive, negative = subsample_labels(match >= 0, match == -1, RPN_SAMPLES, RPN_POSITIVES,
-                                              sample_order(len(match), match.device))
-        cross_entropy = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
-        cls_loss.append(torch.where(positive | negative, cross_entropy, 0.0).sum())
-        # An anchor without an object gets itself as the target: its logarithms are finite, its weight is 0.
-        target = encode_boxes(torch.where(positive[:, None], _gather_boxes(boxes, match), anchors), anchors)
-        box_loss.append(torch.where(positive[:, None], (delta - target).abs(), 0.0).sum())
+    gt_boxes, gt_labels = with_padding_row(gt_boxes, gt_labels)
+    match = match_anchors(anchors, gt_boxes, gt_labels, RPN_FOREGROUND_IOU, RPN_BACKGROUND_IOU)
+    priorities = torch.stack([sample_order(len(anchors), anchors.device) for _ in match])
+    positive, negative = subsample_labels(match >= 0, match == -1, RPN_SAMPLES, RPN_POSITIVES, priorities)
+    cls_loss = F.binary_cross_entropy_with_logits(objectness, positive.float(), reduction="none")
+    # An anchor without an object gets itself as the target: its logarithms are finite, its weight is 0.
+    target = torch.where(positive[..., None], _gather_boxes(gt_boxes, match), anchors)
+    box_loss = (deltas - encode_boxes(target, anchors)).abs()
     norm = RPN_SAMPLES * len(objectness)  # constant, even if fewer anchors could be sampled (Detectron)
-    return {"rpn_cls": torch.stack(cls_loss).sum() / norm, "rpn_box": torch.stack(box_loss).sum() / norm}
+    cls_loss = torch.where(positive | negative, cls_loss, 0.0).sum(dim=1)
+    box_loss = torch.where(positive[..., None], box_loss, 0.0).sum(dim=(1, 2))
+    return {"rpn_cls": cls_loss.sum() / norm, "rpn_box": box_loss.sum() / norm}
 
 
 @torch.no_grad()
@@ -218,29 +221,30 @@ def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Ten
 def sample_rois(proposals: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: Tensor, num_classes: int,
                 count: int = ROI_SAMPLES,
                 sample_order: Callable = random_priorities) -> tuple[Tensor, Tensor, Tensor]:
-    """Training RoIs of one image, sampled from proposals and gt boxes (Fast R-CNN, Sec. 2.3).
+    """Training RoIs of every image, sampled from proposals and gt boxes (Fast R-CNN, Sec. 2.3).
 
     At most ROI_POSITIVE_FRACTION of them are positive.
-    proposals: (R, 4) px; valid: (R,) bool; gt_boxes: (G, 4) px; gt_labels: (G,) int64, < 0 for padding and
-    crowds. sample_order: see `FasterRCNN`. G may be 0.
-    Returns rois (count, 4) px, positives first; labels (count,) int64, where num_classes is background and
-    -1 marks a padding row; target boxes (count, 4) px, zeros for RoIs that are not positive.
+    proposals: (B, R, 4) px; valid: (B, R) bool; gt_boxes: (B, G, 4) px; gt_labels: (B, G) int64, < 0 for
+    padding and crowds. sample_order: see `FasterRCNN`. G may be 0.
+    Returns rois (B, count, 4) px, positives first; labels (B, count) int64, where num_classes is background
+    and -1 marks a padding row; target boxes (B, count, 4) px, zeros for RoIs that are not positive.
     """
+    gt_boxes, gt_labels = with_padding_row(gt_boxes, gt_labels)
     is_object = gt_labels >= 0
-    boxes, valid = torch.cat((proposals, gt_boxes)), torch.cat((valid, is_object))
+    boxes, valid = torch.cat((proposals, gt_boxes), dim=1), torch.cat((valid, is_object), dim=1)
     boxes, valid = F.pad(boxes, (0, 0, 0, count)), F.pad(valid, (0, count))  # there are always `count` rows
     # The IoU of two boxes without area is NaN: padding rows have none.
-    iou = torch.where(is_object[:, None], pairwise_iou(gt_boxes, boxes).nan_to_num(0.0), 0.0)
-    # One more row with IoU 0, so that the maximum exists without gt boxes.
-    best_iou, index = F.pad(iou, (0, 0, 0, 1)).max(dim=0)
+    iou = torch.where(is_object[..., None], pairwise_iou(gt_boxes, boxes).nan_to_num(0.0), 0.0)
+    best_iou, index = iou.max(dim=1)
     # DIFFERS: background starts at IoU 0 (detectron2), in Fast R-CNN at 0.1.
     foreground, background = valid & (best_iou >= ROI_FOREGROUND_IOU), valid & (best_iou < ROI_FOREGROUND_IOU)
+    priorities = torch.stack([sample_order(boxes.shape[1], boxes.device) for _ in boxes])
     positive, negative = subsample_labels(foreground, background, count, int(count * ROI_POSITIVE_FRACTION),
-                                          sample_order(len(boxes), boxes.device))
-    labels = torch.where(positive, F.pad(gt_labels, (0, 1), value=-1)[index],
-                         torch.where(negative, num_classes, -1))
-    chosen = torch.where(positive, 0, torch.where(negative, 1, 2)).argsort(stable=True)[:count]
-    return boxes[chosen], labels[chosen], _gather_boxes(gt_boxes, torch.where(positive, index, -1)[chosen])
+                                          priorities)
+    labels = torch.where(positive, gt_labels.gather(1, index), torch.where(negative, num_classes, -1))
+    chosen = torch.where(positive, 0, torch.where(negative, 1, 2)).argsort(stable=True)[:, :count]
+    index = torch.where(positive, index, -1).gather(1, chosen)
+    return _gather_boxes(boxes, chosen), labels.gather(1, chosen), _gather_boxes(gt_boxes, index)
 
 
 def roi_levels(rois: Tensor) -> Tensor:
@@ -449,9 +453,8 @@ class FasterRCNN(nn.Module):
         """`rpn_losses` and `roi_losses`; the training loss is their sum."""
         rpn_features, roi_features = self.features(images, sizes)
         found = self.propose(rpn_features, sizes)
-        sampled = [sample_rois(*image, self.num_classes, self.roi_samples, self.sample_order)
-                   for image in zip(found["proposals"], found["valid"], gt_boxes, gt_labels)]
-        rois, labels, targets = (torch.stack(part) for part in zip(*sampled))
+        rois, labels, targets = sample_rois(found["proposals"], found["valid"], gt_boxes, gt_labels,
+                                            self.num_classes, self.roi_samples, self.sample_order)
         logits, deltas = self.predict(roi_features, rois)
         return {**rpn_losses(found["objectness"], found["deltas"], found["anchors"], gt_boxes, gt_labels,
                              self.sample_order),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, normalise_images
 from ops import (
+    box_area,
     final_detections,
     flatten_predictions,
     giou_loss,
@@ -31,6 +32,7 @@ from ops import (
     mean_over_ranks,
     sigmoid_focal_loss,
     topk_candidates,
+    with_padding_row,
 )
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
@@ -113,12 +115,12 @@ def all_points(shapes: list[tuple[int, int]], device=None) -> tuple[Tensor, Tens
     shapes: (height, width) of each feature map.
     Returns points (P, 2) px, strides (P,) px and ranges (P, 2) px, float32.
     """
-    points, strides, ranges = [], [], []
-    for (height, width), stride, level_range in zip(shapes, STRIDES, LEVEL_RANGES):
-        points.append(level_points(height, width, stride, device))
-        strides.append(torch.full((height * width,), float(stride), device=device))
-        ranges.append(torch.stack([torch.full_like(strides[-1], limit) for limit in level_range], dim=1))
-    return torch.cat(points), torch.cat(strides), torch.cat(ranges)
+    points = torch.cat([level_points(*shape, stride, device) for shape, stride in zip(shapes, STRIDES)])
+    strides, low, high = (
+        torch.cat([torch.full((height * width,), float(value), device=device)
+                   for (height, width), value in zip(shapes, values)])
+        for values in (STRIDES, *zip(*LEVEL_RANGES)))
+    return points, strides, torch.stack((low, high), dim=1)
 
 
 @torch.no_grad()
@@ -130,29 +132,28 @@ def fcos_targets(points: Tensor, strides: Tensor, ranges: Tensor, gt_boxes: Tens
     in the range of its level. In the improved form it must also lie within CENTER_RADIUS strides of the
     centre of the box. Among several objects the smallest area wins, among equal areas the first object.
 
-    points (P, 2), strides (P,), ranges (P, 2): from `all_points`. gt_boxes: (G, 4) px; gt_labels: (G,) int64,
-    < 0 for padding and crowds, which no point learns. G may be 0.
-    Returns labels (P,) int64, -1 = background; ltrb (P, 4) px, 1 at background points; index of the object
-    (P,) int64, -1 = background.
+    points (P, 2), strides (P,), ranges (P, 2): from `all_points`. gt_boxes: (..., G, 4) px; gt_labels:
+    (..., G) int64, < 0 for padding and crowds, which no point learns. G may be 0.
+    Returns labels (..., P) int64, -1 = background; ltrb (..., P, 4) px, 1 at background points; index of the
+    object (..., P) int64, -1 = background.
     """
-    if gt_boxes.shape[0] == 0:  # min needs a column; a branch on a shape still compiles
-        gt_boxes, gt_labels = gt_boxes.new_zeros(1, 4), gt_labels.new_full((1,), -1)
-    x, y = points[:, 0, None], points[:, 1, None]
-    x1, y1, x2, y2 = gt_boxes.float().unbind(-1)
-    ltrb = torch.stack((x - x1, y - y1, x2 - x, y2 - y), dim=-1)  # (P, G, 4)
-    inside = ltrb.amin(-1) > 0
+    gt_boxes, gt_labels = with_padding_row(gt_boxes.float(), gt_labels)
+    point, corner1, corner2 = points[:, None], gt_boxes[..., None, :, :2], gt_boxes[..., None, :, 2:]
+    left_top, right_bottom = point - corner1, corner2 - point  # (..., P, G, 2)
+    inside = torch.minimum(left_top, right_bottom).amin(dim=-1) > 0
     if not original:
-        from_center = torch.maximum((x - (x1 + x2) / 2).abs(), (y - (y1 + y2) / 2).abs())
+        from_center = (point - (corner1 + corner2) / 2).abs().amax(dim=-1)
         inside &= from_center < CENTER_RADIUS * strides[:, None]
-    size = ltrb.amax(-1)
+    size = torch.maximum(left_top, right_bottom).amax(dim=-1)
     fits_level = (size >= ranges[:, :1]) & (size <= ranges[:, 1:])  # both ends count, as in mmdetection
-    area = torch.where(inside & fits_level & (gt_labels >= 0), (x2 - x1) * (y2 - y1), math.inf)
-    smallest, index = area.min(dim=1)
+    possible = inside & fits_level & (gt_labels >= 0)[..., None, :]
+    smallest, index = torch.where(possible, box_area(gt_boxes)[..., None, :], math.inf).min(dim=-1)
 
-    positive = smallest < math.inf
-    labels = torch.where(positive, gt_labels[index], -1)
-    ltrb = ltrb.gather(1, index[:, None, None].expand(-1, 1, 4)).squeeze(1)
-    return labels, torch.where(positive[:, None], ltrb, 1.0), torch.where(positive, index, -1)
+    background = smallest == math.inf
+    labels = gt_labels.gather(-1, index).masked_fill(background, -1)
+    box = gt_boxes.gather(-2, index[..., None].expand(*index.shape, 4))
+    ltrb = torch.cat((points - box[..., :2], box[..., 2:] - points), dim=-1)
+    return labels, ltrb.masked_fill(background[..., None], 1.0), index.masked_fill(background, -1)
 
 
 def centerness_targets(ltrb: Tensor) -> Tensor:
@@ -278,9 +279,7 @@ class FCOS(nn.Module):
 
     def losses(self, outputs: dict, gt_boxes: Tensor, gt_labels: Tensor) -> dict[str, Tensor]:
         points, strides, ranges = self.points(outputs["shapes"], gt_boxes.device)
-        targets = [fcos_targets(points, strides, ranges, boxes, labels, self.original)
-                   for boxes, labels in zip(gt_boxes, gt_labels)]
-        labels, target_ltrb = (torch.stack(t) for t in zip(*(target[:2] for target in targets)))
+        labels, target_ltrb, _ = fcos_targets(points, strides, ranges, gt_boxes, gt_labels, self.original)
         if not self.original:
             target_ltrb = target_ltrb / strides[:, None]
         return fcos_losses(outputs["logits"], outputs["ltrb"], outputs["centerness"], labels, target_ltrb,

@@ -34,6 +34,7 @@ from ops import (
     place_anchors,
     sigmoid_focal_loss,
     topk_candidates,
+    with_padding_row,
 )
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
@@ -188,7 +189,7 @@ class AnchorFreeTargets(NamedTuple):
 def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: Tensor, valid: Tensor,
                  effective_scale: float = EFFECTIVE_SCALE,
                  ignore_scale: float = IGNORE_SCALE) -> AnchorFreeTargets:
-    """Effective and ignore regions of every object of one image on every level (Sec. 3.2).
+    """Effective and ignore regions of every object on every level (Sec. 3.2).
 
     A region is the box, shrunk around its centre. A point stands for the square with side `stride` around it
     and lies in a region that covers more than MIN_COVERED of this square. For the effective region the point
@@ -196,14 +197,15 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
     (STRIDES[0] / 2) ** 2 px or less it never has one.
     Where effective regions overlap, the smallest area gets the point, among equal areas the first object.
 
-    points (P, 2), strides (P,): from `all_points`. gt_boxes: (G, 4) px; gt_labels: (G,) int64, -1 = padding,
-    -2 = crowd; G may be 0. valid: (P,) bool from `valid_points`.
+    points (P, 2), strides (P,): from `all_points`. gt_boxes: (..., G, 4) px; gt_labels: (..., G) int64,
+    -1 = padding, -2 = crowd; G may be 0. valid: (..., P) bool from `valid_points`.
     """
     gt_boxes, gt_labels = with_padding_row(gt_boxes.float(), gt_labels)
-    crowd = _strictly_inside(points, _shrink(gt_boxes, CROWD_SCALE)) & (gt_labels == -2)
-    ignored = ~valid | crowd.any(dim=1)
+    label = gt_labels[..., None, :]
+    crowd = _strictly_inside(points, _shrink(gt_boxes, CROWD_SCALE)) & (label == -2)
+    ignored = ~valid | crowd.any(dim=-1)
 
-    possible = (gt_labels >= 0) & valid[:, None]
+    possible = (label >= 0) & valid[..., None]
     ignore_coverage = _cell_coverage(points, strides, _shrink(gt_boxes, ignore_scale))
     ignore_region = possible & (ignore_coverage > MIN_COVERED)
     effective_coverage = _cell_coverage(points, strides, _shrink(gt_boxes, effective_scale))
@@ -211,40 +213,38 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
     # DIFFERS: objects compete for a point before they select a level, as in mmdetection. The larger one loses
     # the point even if the smaller one then trains on another level. In the paper only objects that train on
     # the same level compete.
-    smallest, gt_index = torch.where(effective, box_area(gt_boxes), math.inf).min(dim=1)
+    smallest, gt_index = torch.where(effective, box_area(gt_boxes)[..., None, :], math.inf).min(dim=-1)
     positive = (smallest < math.inf) & ~ignored
 
     # DIFFERS: the paper does not say what an effective point learns in the ignore region of another object of
     # the same class. As in mmdetection it is background, and this class is ignored there.
-    another = torch.arange(len(gt_labels), device=gt_index.device) != gt_index[:, None]
-    same_class = gt_labels == gt_labels[gt_index][:, None]
-    positive &= ~(ignore_region & another & same_class).any(dim=1)
-    return AnchorFreeTargets(torch.where(positive, gt_index, -1), ignore_region, ignored)
-
-
-def with_padding_row(gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., G, 4) and (..., G) as they are. If G is 0 they get a row of padding: min and gather need one."""
-    if gt_labels.shape[-1]:  # a branch on a shape, not on a value
-        return gt_boxes, gt_labels
-    return gt_boxes.new_zeros(*gt_labels.shape[:-1], 1, 4), gt_labels.new_full((*gt_labels.shape[:-1], 1), -1)
+    another = torch.arange(gt_labels.shape[-1], device=gt_index.device) != gt_index[..., None]
+    same_class = label == gt_labels.gather(-1, gt_index)[..., None]
+    positive &= ~(ignore_region & another & same_class).any(dim=-1)
+    return AnchorFreeTargets(gt_index.masked_fill(~positive, -1), ignore_region, ignored)
 
 
 def _shrink(boxes: Tensor, scale: float) -> Tensor:
-    """Boxes (G, 4) with the same centres and `scale` times the width and height."""
-    center, half = (boxes[:, 2:] + boxes[:, :2]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * scale
-    return torch.cat((center - half, center + half), dim=1)
+    """Boxes (..., 4) with the same centres and `scale` times the width and height."""
+    corner1, corner2 = boxes[..., :2], boxes[..., 2:]
+    center, half = (corner2 + corner1) / 2, (corner2 - corner1) / 2 * scale
+    return torch.cat((center - half, center + half), dim=-1)
 
 
 def _strictly_inside(points: Tensor, boxes: Tensor) -> Tensor:
-    """Whether each point (P, 2) lies in each box (G, 4) and not on its sides: (P, G) bool."""
-    return ((points[:, None] > boxes[:, :2]) & (points[:, None] < boxes[:, 2:])).all(dim=-1)
+    """Whether each point (P, 2) lies in each box (..., G, 4) and not on its sides: (..., P, G) bool."""
+    point, boxes = points[:, None], boxes[..., None, :, :]
+    return ((point > boxes[..., :2]) & (point < boxes[..., 2:])).all(dim=-1)
 
 
 def _cell_coverage(points: Tensor, strides: Tensor, boxes: Tensor) -> Tensor:
-    """Share (P, G) of the square with side `stride` around each point that each box (G, 4) covers."""
-    half = strides[:, None] / 2
-    low = torch.maximum((points - half)[:, None], boxes[:, :2])
-    high = torch.minimum((points + half)[:, None], boxes[:, 2:])
+    """Share (..., P, G) of the square around each point that each box (..., G, 4) covers.
+
+    The side of the square is the stride of the point.
+    """
+    half, boxes = strides[:, None] / 2, boxes[..., None, :, :]
+    low = torch.maximum((points - half)[:, None], boxes[..., :2])
+    high = torch.minimum((points + half)[:, None], boxes[..., 2:])
     side = (high - low).clamp(min=0)
     return side[..., 0] * side[..., 1] / strides[:, None] ** 2
 
@@ -256,7 +256,7 @@ def matched_targets(gt_index: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> tu
     Returns labels (B, P), -1 = no object, and boxes (B, P, 4), meaningless where there is no object.
     """
     index = gt_index.clamp(min=0)
-    labels = torch.where(gt_index >= 0, gt_labels.gather(1, index), -1)
+    labels = gt_labels.gather(1, index).masked_fill(gt_index < 0, -1)
     return labels, gt_boxes.float().gather(1, index[..., None].expand(-1, -1, 4))
 
 
@@ -493,9 +493,8 @@ class FSAF(nn.Module):
                             gt_labels: Tensor) -> AnchorFreeArguments:
         """Targets of the anchor-free branch and all else that its losses need. gt_boxes: (B, G, 4), G > 0."""
         points, strides = all_points(outputs["shapes"], gt_boxes.device)
-        targets = [fsaf_targets(points, strides, *image, self.effective_scale, self.ignore_scale)
-                   for image in zip(gt_boxes, gt_labels, valid_points(points, sizes))]
-        targets = AnchorFreeTargets(*(torch.stack(t) for t in zip(*targets)))
+        targets = fsaf_targets(points, strides, gt_boxes, gt_labels, valid_points(points, sizes),
+                               self.effective_scale, self.ignore_scale)
         boxes = fsaf_decode(points, strides, outputs["tblr"].clamp(min=MIN_DISTANCE))
         level_sizes = [height * width for height, width in outputs["shapes"]]
         return AnchorFreeArguments(outputs["logits"], boxes, targets, gt_boxes, gt_labels, level_sizes)
@@ -505,8 +504,7 @@ class FSAF(nn.Module):
         """`match_anchors` of every image (B, N); an anchor is valid if its point is."""
         valid = valid_points(all_points(shapes, sizes.device)[0], sizes)
         valid = valid.repeat_interleave(self.base_anchors.shape[1], dim=1)
-        return torch.stack([match_anchors(anchors, *gt, FOREGROUND_IOU, BACKGROUND_IOU, image_valid)
-                            for *gt, image_valid in zip(gt_boxes, gt_labels, valid)])
+        return match_anchors(anchors, gt_boxes, gt_labels, FOREGROUND_IOU, BACKGROUND_IOU, valid)
 
     def candidates(self, outputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Candidates of every image for NMS: the PRE_NMS_TOP_K best pairs of every level of every branch.

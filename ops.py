@@ -17,7 +17,10 @@ from torch import Tensor
 
 USE_TORCHVISION = True  # False: the plain forms of NMS and RoIAlign everywhere
 MAX_GROWTH = 1000 / 16  # a decoded side is at most this many times its anchor's: exp stays finite (Detectron)
-NMS_BLOCK = 256  # boxes that the plain NMS decides at once: more mean fewer rounds, but a larger IoU matrix
+# Boxes that the plain NMS decides at once: the more, the fewer and larger its operators. On a CPU torch gives
+# tensors of 32768 elements or more to several threads, which wait for each other when other programs use the
+# cores. The largest tensors here have 2 * NMS_BLOCK_CPU ** 2 elements, so one thread makes them.
+NMS_BLOCK, NMS_BLOCK_CPU = 1024, 127
 
 
 # ---------------------------------------------------------------------------------------------- boxes
@@ -31,15 +34,15 @@ def box_area(boxes: Tensor) -> Tensor:
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of every box of one set with every box of another.
 
-    boxes1: (N, 4), boxes2: (M, 4), same unit; N and M may be 0.
-    Returns (N, M) in [0, 1]. The IoU of two boxes without area is NaN.
+    boxes1: (..., N, 4), boxes2: (..., M, 4), same unit; N and M may be 0.
+    Returns (..., N, M) in [0, 1]. The IoU of two boxes without area is NaN.
     """
-    boxes1, boxes2 = boxes1.float(), boxes2.float()
-    corner1 = torch.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
-    corner2 = torch.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
+    boxes1, boxes2 = boxes1.float()[..., :, None, :], boxes2.float()[..., None, :, :]
+    corner1 = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    corner2 = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
     width_height = (corner2 - corner1).clamp(min=0)
     inter = width_height[..., 0] * width_height[..., 1]
-    return inter / (box_area(boxes1)[:, None] + box_area(boxes2)[None, :] - inter)
+    return inter / (box_area(boxes1) + box_area(boxes2) - inter)
 
 
 def clip_boxes(boxes: Tensor, height, width) -> Tensor:
@@ -84,8 +87,9 @@ def grid_points(height: int, width: int, step_y: int, step_x: int, device=None) 
     Returns (H*W, 2) float32 (x, y), pixels of the padded image, in the row-major order of
     `feature.flatten(2)`: targets and predictions meet only through this order.
     """
-    x, y = torch.arange(width, device=device) * step_x, torch.arange(height, device=device) * step_y
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).float()
+    x = torch.arange(0, width * step_x, step_x, dtype=torch.float32, device=device)
+    y = torch.arange(0, height * step_y, step_y, dtype=torch.float32, device=device)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
 
 
 def cell_anchors(sizes: Tensor, aspect_ratios: tuple[float, ...]) -> Tensor:
@@ -126,22 +130,30 @@ def match_anchors(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, foregrou
     It learns the object that it overlaps most. Other anchors are background if their best IoU is below
     background_iou.
 
-    anchors: (N, 4), gt_boxes: (G, 4), same unit; gt_labels: (G,) int64, < 0 for padding and crowds, which
-    match nothing. G may be 0. valid: (N,) bool; anchors that are not valid are neither.
-    Returns (N,) int64: index of the object, -1 = background, -2 = neither.
+    anchors: (N, 4), gt_boxes: (..., G, 4), same unit; gt_labels: (..., G) int64, < 0 for padding and crowds,
+    which match nothing. G may be 0. valid: (..., N) bool; anchors that are not valid are neither.
+    Returns (..., N) int64: index of the object, -1 = background, -2 = neither.
     """
-    # The padded row stands for an object that overlaps nothing, because max needs a row when G is 0.
-    iou = F.pad(torch.where((gt_labels >= 0)[:, None], pairwise_iou(gt_boxes, anchors), 0.0), (0, 0, 0, 1))
+    gt_boxes, gt_labels = with_padding_row(gt_boxes, gt_labels)
+    possible = (gt_labels >= 0)[..., None]  # (..., G, 1)
     if valid is not None:
-        iou = torch.where(valid, iou, 0.0)
-    best, index = iou.max(dim=0)
+        possible = possible & valid[..., None, :]
+    iou = torch.where(possible, pairwise_iou(gt_boxes, anchors), 0.0)
+    best, index = iou.max(dim=-2)
     # DIFFERS: an anchor that is the best of some object still learns the object that it overlaps most itself,
     # as in Detectron and torchvision. In mmdetection it changes to that object.
-    best_of_object = iou.amax(dim=1, keepdim=True)
-    low_quality = ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
+    best_of_object = iou.amax(dim=-1, keepdim=True)
+    low_quality = ((iou == best_of_object) & (best_of_object > 0)).any(dim=-2)
     match = torch.where(best < background_iou, -1, -2)
     match = torch.where((best >= foreground_iou) | low_quality, index, match)
     return match if valid is None else torch.where(valid, match, -2)
+
+
+def with_padding_row(gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., G, 4) and (..., G) as they are. If G is 0 they get a row of padding: min and gather need one."""
+    if gt_labels.shape[-1]:  # a branch on a shape, not on a value
+        return gt_boxes, gt_labels
+    return gt_boxes.new_zeros(*gt_labels.shape[:-1], 1, 4), gt_labels.new_full((*gt_labels.shape[:-1], 1), -1)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -286,30 +298,33 @@ def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tenso
               limit: int | None = None) -> Tensor:
     """`nms` in plain torch, for every device; with labels, `batched_nms`.
 
-    Boxes are sorted by score and decided in blocks of NMS_BLOCK. Boxes kept in earlier blocks first suppress
-    boxes of the block. Within it the rule "keep a box unless a better kept box overlaps it" is applied to all
-    boxes at once, until nothing changes. After round k the first k boxes are final, so the fixed point is the
-    greedy answer; usually a few rounds reach it.
+    Boxes are sorted by score and decided in blocks. Boxes kept in earlier blocks first suppress boxes of the
+    block. Within it the rule "keep a box unless a better kept box overlaps it" is applied to all boxes at
+    once, until nothing changes. After round k the first k boxes are final, so the fixed point is the greedy
+    answer; usually a few rounds reach it.
     """
-    order = scores.float().argsort(descending=True, stable=True)
-    boxes, threshold = boxes.float()[order], float32_below(iou_threshold)
-    labels = None if labels is None else labels[order]
+    boxes, scores, threshold = boxes.float(), scores.float(), float32_below(iou_threshold)
+    size = NMS_BLOCK_CPU if boxes.device.type == "cpu" else NMS_BLOCK
+    position = torch.arange(size, device=boxes.device)
+    is_better = position[:, None] < position  # within a block; triu would start threads for any size
 
-    def suppresses(better: Tensor, worse: Tensor) -> Tensor:  # (N,), (M,) positions -> (N, M) bool
+    def suppresses(better: Tensor, worse: Tensor) -> Tensor:  # indices (N,), (M,) -> (N, M) bool
         overlap = pairwise_iou(boxes[better], boxes[worse]) > threshold
         return overlap if labels is None else overlap & (labels[better][:, None] == labels[worse])
 
-    kept = order.new_zeros(0)
-    for block in torch.arange(len(order), device=order.device).split(NMS_BLOCK):
-        block = block[~suppresses(kept, block).any(dim=0)]
-        over = suppresses(block, block).triu(diagonal=1)
+    order = scores.argsort(descending=True, stable=True)
+    kept = order[:0]
+    for block in order.split(size):
+        for better in kept.split(size):
+            block = block[~suppresses(better, block).any(dim=0)]
+        over = suppresses(block, block) & is_better[:len(block), :len(block)]
         keep, before = torch.ones_like(block, dtype=torch.bool), None
         while before is None or not torch.equal(keep, before):
             keep, before = ~(over & keep[:, None]).any(dim=0), keep
         kept = torch.cat((kept, block[keep]))
         if limit is not None and len(kept) >= limit:
             break
-    return order[kept[:limit]]
+    return kept[:limit]
 
 
 def _torchvision_nms(boxes: Tensor):

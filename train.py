@@ -392,7 +392,8 @@ def main():
             print0(f"interrupted: saved {last} at step {done}; go on with --resume {last}")
             return
         if is_scored:
-            settings = EvalSettings(max(args.min_size), args.max_size, workers=args.workers,
+            settings = EvalSettings(max(args.min_size), args.max_size,
+                                    workers=None if device.type == "cpu" else args.workers,
                                     amp=AMP[args.amp], pad_to=args.pad_to, pictures=args.pictures)
             try:
                 with interrupts.at_once():  # the checkpoint is saved: an evaluation may be cut off

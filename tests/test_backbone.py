@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbone import ARCHITECTURES, FPN, FixedStatsBatchNorm2d, ResNet, conv_bn, normalise_images
+from backbone import ARCHITECTURES, FPN, FixedStatsBatchNorm2d, ResNet, conv_bn, fold_norms, normalise_images
 
 
 def on_meta(name, **options):
@@ -113,7 +113,7 @@ def test_a_norm_folded_into_its_convolution_is_the_norm_after_it(trained):
     norm.requires_grad_(trained)
     x = torch.randn(2, 4, 9, 8, requires_grad=True)
     inputs = [x, conv.weight, *(norm.parameters() if trained else ())]
-    folded, separate = conv_bn(x, conv, norm), norm(conv(x))
+    folded, separate = conv_bn(x, conv, norm, fold_norms(norm)), norm(conv(x))
     torch.testing.assert_close(folded, separate, rtol=1e-5, atol=1e-5)
     weight = torch.randn_like(separate)
     for one, two in zip(torch.autograd.grad((folded * weight).sum(), inputs),

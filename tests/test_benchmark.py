@@ -1,11 +1,15 @@
 """benchmark.py measures what it says. How long anything takes is not asserted."""
 import json
+import math
+import multiprocessing
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
 import benchmark
+import ops
 from peers import OURS
 
 
@@ -35,7 +39,39 @@ def test_parts_write_ratios_and_a_plot(bench, tmp_path):
 def test_a_training_step_of_every_model_is_measured(bench, model):
     (row,), _ = bench("train", "--models", model, "--size", 64, 96, "--batch-size", 1)
     assert row["cases"]["ours"]["value"] > 0 and 0 < row["peak"]
+    operators = {case: count["operators"] for case, count in row["operators"].items()}
+    assert operators["ours"] <= 0.8 * operators.get("torchvision", math.inf)
+    if model not in ("Faster R-CNN", "DeFRCN"):  # the shapes of proposals depend on values
+        assert row["operators"]["ours"]["waits"] == 0
     assert ("torchvision" in row["cases"]) == (model in ("FCOS", "RetinaNet", "Faster R-CNN"))
+
+
+def test_views_are_no_operators_and_only_values_and_masks_are_waited_for():
+    values, index = torch.arange(4.), torch.tensor([0, 2])
+
+    def step():
+        square = values.view(2, 2) * 2  # one operator
+        positive = values[values > 0]  # two operators and a wait for the number of elements
+        total = positive.sum() + values[index].sum()  # four operators
+        assert (total + square.sum()).item() == 20  # three operators; item waits
+
+    assert benchmark.count_operators(step) == {"operators": 10, "nms": 0, "waits": 2, "nms_waits": 0}
+
+
+def test_the_plain_nms_is_counted_apart():
+    few, many = (benchmark.count_operators(partial(ops.nms, torch.rand(count, 4), torch.rand(count), 0.5))
+                 for count in (10, 500))
+    assert few["operators"] == many["operators"] == few["waits"] == many["waits"] == 0
+    assert 0 < few["nms"] < many["nms"] and 0 < few["nms_waits"] < many["nms_waits"]
+
+
+def test_busy_processes_end_with_the_block_also_after_an_error(monkeypatch):
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    with pytest.raises(KeyError), benchmark.busy_processes(2):
+        running = multiprocessing.active_children()
+        assert len(running) == 2
+        raise KeyError
+    assert not any(process.is_alive() for process in running) and not multiprocessing.active_children()
 
 
 def test_ratios_are_theirs_over_ours():
@@ -48,6 +84,7 @@ def test_ratios_are_theirs_over_ours():
 @pytest.mark.parametrize(("words", "message"), [
     (["trian"], "there is no part trian; parts are train, memory, infer"),
     (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+    (["nms", "--load", "-1"], "--load must be at least 0, not -1"),
     (["--size", "50", "60"], "--size must be at least 64"),
     (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU or NPU")])
 def test_wrong_arguments_are_named(mistake, words, message):

@@ -158,10 +158,8 @@ def test_sampled_rois_with_fpn_read_the_published_levels(golden_fpn):
     labels = torch.where(labels >= 0, labels % 80, labels)
     with torch.no_grad():
         found = model.train().propose(model.features(images, sizes)[0], sizes)
-    counts = torch.zeros(4, dtype=torch.long)
-    for image in zip(found["proposals"], found["valid"], boxes, labels):
-        rois, sampled, _ = sample_rois(*image, 80, 64, in_index_order)
-        counts += roi_levels(rois[sampled >= 0]).bincount(minlength=4)
+    rois, sampled, _ = sample_rois(found["proposals"], found["valid"], boxes, labels, 80, 64, in_index_order)
+    counts = roi_levels(rois[sampled >= 0]).bincount(minlength=4)
     assert counts.tolist() == numbers["train"]["faster_64"]["roi_level_counts"]
 
 
@@ -261,16 +259,19 @@ def test_rpn_losses_by_hand():
 
 
 def test_rois_are_positives_then_background_then_padding():
-    proposals = torch.tensor([[0., 0., 10., 10.], [50., 50., 60., 60.], [0., 0., 0., 0.]])
-    valid = torch.tensor([True, True, False])
-    gt, labels = torch.tensor([[0., 0., 10., 9.], [20., 20., 30., 30.]]), torch.tensor([1, -2])
+    proposals = torch.tensor([[[0., 0., 10., 10.], [50., 50., 60., 60.], [0., 0., 0., 0.]]] * 2)
+    valid = torch.tensor([[True, True, False]] * 2)
+    gt = torch.tensor([[[0., 0., 10., 9.], [20., 20., 30., 30.]]] * 2)
+    labels = torch.tensor([[1, -2], [-1, -1]])  # the second image has no object
     rois, cls, targets = sample_rois(proposals, valid, gt, labels, 3, count=8, sample_order=in_index_order)
     # The proposal with IoU 0.9 and the object itself; one background RoI. The crowd is no RoI.
-    assert cls.tolist() == [1, 1, 3, -1, -1, -1, -1, -1]
-    assert rois[:3].tolist() == [[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]
-    assert targets[:2].tolist() == [[0, 0, 10, 9]] * 2
-    rois, cls, _ = sample_rois(proposals, valid, gt[:0], labels[:0], 3, count=4)
-    assert cls.tolist() == [3, 3, -1, -1] and rois.shape == (4, 4)
+    assert cls[0].tolist() == [1, 1, 3, -1, -1, -1, -1, -1]
+    assert rois[0, :3].tolist() == [[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]
+    assert targets[0, :3].tolist() == [[0, 0, 10, 9], [0, 0, 10, 9], [0, 0, 0, 0]]
+    assert cls[1].tolist() == [3, 3, -1, -1, -1, -1, -1, -1] and not targets[1].any()
+    assert rois[1, :2].tolist() == [[0, 0, 10, 10], [50, 50, 60, 60]]
+    rois, cls, _ = sample_rois(proposals, valid, gt[:, :0], labels[:, :0], 3, count=4)
+    assert cls.tolist() == [[3, 3, -1, -1]] * 2 and rois.shape == (2, 4, 4)
 
 
 def test_roi_losses_by_hand():

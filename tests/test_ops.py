@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 
@@ -267,12 +268,30 @@ def test_mean_over_one_rank_is_the_value_without_gradient():
 def test_a_suppressed_box_suppresses_nothing():
     # A chain of boxes, longer than two blocks of the plain form. The IoU of neighbours is 6 / 14, of the next
     # but one 2 / 18: each box is either kept or suppressed by a kept neighbour.
-    left = torch.arange(2 * ops.NMS_BLOCK + 88.) * 4
+    left = torch.arange(2 * ops.NMS_BLOCK_CPU + 88.) * 4
     boxes = torch.stack((left, left * 0, left + 10, left * 0 + 10), dim=1)
     scores = torch.linspace(1, 0, len(left))
     every_other = list(range(0, len(left), 2))
     assert ops.nms_plain(boxes, scores, 0.3).tolist() == every_other
     assert ops.nms(boxes, scores, 0.3).tolist() == every_other
+
+
+def test_the_plain_nms_starts_no_threads():
+    # torch gives tensors of 32768 elements or more to several threads, and triu any tensor.
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "triu" not in str(func)
+            result = func(*args, **(kwargs or {}))
+            if torch.is_tensor(result) and not func.is_view:
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    boxes, scores, labels = make_crowd(9000, 0)
+    with Largest() as largest:
+        ops.nms_plain(boxes, scores, 0.7, labels)
+    assert 0 < largest.elements < 32768
 
 
 @pytest.mark.parametrize("shift, threshold, kept", [
