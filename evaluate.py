@@ -15,6 +15,7 @@ from runtime import (  # before torch: see the first lines of runtime.py
     Place,
     UserError,
     autocast,
+    device_name,
     gather_objects,
     make_folder,
     memory_format,
@@ -233,7 +234,8 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--max-size", type=int, help="limit of the long side in px")
     data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    run.add_argument("--device", type=device_name, default="auto", metavar="NAME",
+                     help="auto, cuda, npu, cpu; one by its number: npu:3")
     run.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     run.add_argument("--batch-size", type=int, default=1,
                      help="images per device (default: 1); only images of one size share a batch")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, normalise_images
 from ops import (
+    HUGE,
     final_detections,
     flatten_predictions,
     giou_loss,
@@ -146,10 +147,10 @@ def fcos_targets(points: Tensor, strides: Tensor, ranges: Tensor, gt_boxes: Tens
         inside &= from_center < CENTER_RADIUS * strides[:, None]
     size = ltrb.amax(-1)
     fits_level = (size >= ranges[:, :1]) & (size <= ranges[:, 1:])  # both ends count, as in mmdetection
-    area = torch.where(inside & fits_level & (gt_labels >= 0), (x2 - x1) * (y2 - y1), math.inf)
+    area = torch.where(inside & fits_level & (gt_labels >= 0), (x2 - x1) * (y2 - y1), HUGE)
     smallest, index = area.min(dim=1)
 
-    positive = smallest < math.inf
+    positive = smallest < HUGE
     labels = torch.where(positive, gt_labels[index], -1)
     ltrb = ltrb.gather(1, index[:, None, None].expand(-1, 1, 4)).squeeze(1)
     return labels, torch.where(positive[:, None], ltrb, 1.0), torch.where(positive, index, -1)
