@@ -510,7 +510,8 @@ def parse_args() -> argparse.Namespace:
     add("--pictures", type=int, default=20, help="number of images of infer and loader")
     add("--rounds", type=int, default=5, help="how often a case is timed")
     add("--load", type=int, default=0, metavar="N", help="time nms also beside N busy processes")
-    add("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    add("--device", default="auto", type=runtime.device_name, metavar="NAME",
+        help="auto, cuda, npu, cpu; one by its number: npu:3")
     add("--out", type=Path, default=Path("runs/benchmark"), help="folder of the results")
     args = parser.parse_args()
     unknown = set(args.parts) - set(PARTS)

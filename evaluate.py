@@ -4,6 +4,7 @@
     python evaluate.py --ckpt C.pth --data coco --split val2017   another dataset or split
     torchrun --nproc_per_node 8 evaluate.py --ckpt C.pth          on 8 devices, each image once
     python evaluate.py --detections runs/fcos/detections.json --data coco --split val2017
+    python evaluate.py --onnx fcos.onnx --ckpt C.pth              an exported file, beside its checkpoint
     python evaluate.py --ckpt C.pth --images photos/              no annotations: drawings and detections.json
 
 It writes detections.json (COCO result format), metrics.json and pictures/ to --out. By default this is the
@@ -15,6 +16,7 @@ from runtime import (  # before torch: see the first lines of runtime.py
     Place,
     UserError,
     autocast,
+    device_name,
     gather_objects,
     make_folder,
     memory_format,
@@ -61,6 +63,7 @@ from faster_rcnn import FasterRCNN
 from fewshot import checkpoint_scoring
 from layouts import default_splits, image_folder, layout
 from metrics import ClassGroups, group_means, read_results, score, shown
+from onnx_model import load_onnx
 from ops import nms
 from runlog import Progress
 from shapes import open_dataset
@@ -221,6 +224,7 @@ def _score_with_groups(dataset: DetectionDataset, results: list[dict], groups: C
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="checkpoint of train.py or of another code base (see docs/weights.md)")
+    parser.add_argument("--onnx", help="score this file of export.py, with --ckpt beside the checkpoint")
     parser.add_argument("--original", action="store_true",
                         help="--ckpt is the original form of FCOS, from its authors' first repository")
     parser.add_argument("--classes", metavar="NAME,NAME", type=lambda text: text.split(","),
@@ -237,7 +241,8 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--max-size", type=int, help="limit of the long side in px")
     data.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", choices=("auto", "cuda", "npu", "cpu"))
+    run.add_argument("--device", type=device_name, default="auto", metavar="NAME",
+                     help="auto, cuda, npu, cpu; one by its number: npu:3")
     run.add_argument("--amp", default="off", choices=AMP, help="precision of the network")
     run.add_argument("--batch-size", type=int, default=1,
                      help="images per device (default: 1); only images of one size share a batch")
@@ -260,8 +265,12 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
     run.add_argument("--pictures", type=int, default=8, help="draw the first N images (default: 8)")
     args = parser.parse_args()
-    if bool(args.ckpt) == bool(args.detections) or args.detections and not (args.data or args.json):
-        parser.error("give --ckpt, or --detections together with --data")
+    has_data = args.data or args.json
+    if bool(args.ckpt or args.onnx) == bool(args.detections) or args.detections and not has_data:
+        parser.error("give --ckpt, or --detections together with --data, or --onnx")
+    for name in ("pad_to", "score_threshold", "nms_threshold", "max_detections"):
+        if args.onnx and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} does not go with --onnx: the file decides it")
     for name in ("min_size", "max_size", "max_detections"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -283,7 +292,7 @@ def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:
     info: from `load_model`. The classes of the dataset are those of the checkpoint, in its order. Raises
     DataError.
     """
-    trained, names = info["args"], info["names"]
+    trained, names, source = info["args"], info["names"], args.onnx or args.ckpt
     if args.images:
         return image_folder(args.images, names, info["category_ids"], Progress)
     foreign, few_shot = trained["data"] is None, bool(trained["stage"])
@@ -296,15 +305,15 @@ def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:
         dataset = open_dataset(args.data or "", split, args.json, args.image_dir,
                                None if few_shot or foreign else names)
     elif foreign:
-        raise DataError(f"{args.ckpt}: was not trained here. Name the data with --data and --split")
+        raise DataError(f"{source}: was not trained here. Name the data with --data and --split")
     elif trained["train_json"] and not trained["val_json"] or args.split and trained["val_json"]:
-        raise DataError(f"{args.ckpt}: was trained on a file of its own. Name the data with --json and "
+        raise DataError(f"{source}: was trained on a file of its own. Name the data with --json and "
                         f"--image-dir, or with --data and --split")
     else:
         dataset = open_dataset(trained["data"], args.split or trained["val_split"], trained["val_json"],
                                trained["val_images"], None if few_shot else names)
     if foreign and not info["named"]:
-        names = _class_names_of_data(args.ckpt, names, dataset)
+        names = _class_names_of_data(source, names, dataset)
     return select_classes(dataset, names, drop_empty=False) if foreign or few_shot else dataset
 
 
@@ -408,15 +417,18 @@ def main():
     if args.detections:
         return score_file(args)
     place = setup_device(args.device, args.amp)
-    model, info = load_model(args.ckpt, place.device, args.original, args.classes)
-    trained = info["args"]
+    if args.onnx:
+        model, info = load_onnx(args.onnx)
+    else:
+        model, info = load_model(args.ckpt, place.device, args.original, args.classes)
+    trained, source = info["args"], args.onnx or args.ckpt
     for note in info["notes"]:
         print0(note)
     for name in ("score_threshold", "nms_threshold", "max_detections"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
-    # --images writes to a subfolder, so the detections.json of the run is not overwritten.
-    out = args.out or Path(args.ckpt).parent / ("images" if args.images else "")
+    # --images and --onnx write to a subfolder, so the detections.json of the run is not overwritten.
+    out = args.out or Path(source).parent / ("images" if args.images else "onnx" if args.onnx else "")
     make_folder(out)
     dataset = choose_dataset(args, info)
     settings = EvalSettings(
@@ -428,7 +440,7 @@ def main():
         if any(side % model.size_divisor for side in settings.pad_to):
             raise UserError(f"--pad-to must be multiples of {model.size_divisor}, not {settings.pad_to}")
         check_pad_to(dataset, [settings.min_size], settings.max_size, settings.pad_to)
-    print0(f"{args.ckpt}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
+    print0(f"{source}: step {info['step']}, {len(info['names'])} classes; {len(dataset)} images, "
            f"short side {settings.min_size}, long side at most {settings.max_size} px")
     for note in dataset.notes:
         print0(note)
@@ -442,9 +454,15 @@ def main():
         return score_proposals(model, dataset, place, out, settings)
     scoring = {}
     if trained["stage"]:
-        scoring = checkpoint_scoring(trained, info["names"], place, args.pcb_weights,
+        scoring = checkpoint_scoring(trained, info["names"], place, "none" if args.onnx else args.pcb_weights,
                                      args.data or args.json or trained["data"])
-    evaluate(model, dataset, place, out, settings, **scoring)
+    metrics = evaluate(model, dataset, place, out, settings, **scoring)
+    if args.onnx and args.ckpt:
+        print0(f"{args.ckpt}:")
+        model, _ = load_model(args.ckpt, place.device, args.original, args.classes)
+        theirs = evaluate(model, dataset, place, out / "checkpoint", settings, **scoring)
+        if theirs:  # on rank 0
+            print0(f"AP {shown(metrics['AP'])} of {args.onnx}, {shown(theirs['AP'])} of {args.ckpt}")
 
 
 if __name__ == "__main__":

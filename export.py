@@ -20,17 +20,18 @@ import runtime  # first: torch must not be imported before it
 # isort: split
 import importlib
 import json
+import math
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from data import read_image
+from data import read_image, resize
 from faster_rcnn import FasterRCNN
+from onnx_model import MAX_DETECTIONS, file_metadata, run_onnx
 from ops import batched_nms, clip_candidates, final_detections, float32_below, torchvision_operators
 from runtime import UserError
 
@@ -38,7 +39,6 @@ from runtime import UserError
 # offsets needs 16. Huawei's operator list of CANN 8.0 has RoiAlign for 10 to 18 (not tried on an Ascend).
 OPSET = 18
 MAX_CANDIDATES = 10000  # only two-stage detectors have more: all classes of all proposals, most with score 0
-MAX_DETECTIONS = 100
 MATCH_PX, MATCH_SCORE = 1.0, 0.01  # two detections with one label match if they differ by less
 MAX_UNMATCHED = 0.05  # share of detections: rounding decides about scores and IoUs at their thresholds
 
@@ -106,8 +106,12 @@ def require_packages(*names: str):
                              f"onnxruntime ({error})") from error
 
 
-def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path: Path, nms: bool = False):
-    """Writes the detector as an ONNX file. names: class names. Raises UserError, or OSError for the file."""
+def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path: Path, nms: bool = False,
+               metadata: dict[str, str] | None = None):
+    """Writes the detector as an ONNX file. Raises UserError, or OSError for the file.
+
+    names: class names. metadata: from `file_metadata`, by default the names alone.
+    """
     require_packages("onnx", "onnxscript")
     if height % model.size_divisor or width % model.size_divisor:
         raise UserError(f"--size {height} {width}: both must be multiples of {model.size_divisor}")
@@ -125,35 +129,27 @@ def write_onnx(model: nn.Module, names: list[str], height: int, width: int, path
                 custom_translation_table={torch.ops.detectors.class_nms.default: onnx_class_nms})
     except torch.onnx.OnnxExporterError as error:
         raise UserError(f"torch.onnx could not write the detector: {str(error).splitlines()[0]}") from error
-    program.model.metadata_props["names"] = json.dumps(names)
+    program.model.metadata_props.update(metadata or {"names": json.dumps(names)})
     with runtime.atomic_write(path) as file:
         file.write(program.model_proto.SerializeToString())
 
 
 # ---------------------------------------------------------------------------------------------- check
 
-def run_onnx(path: Path):
-    """A function (image, sizes) -> (boxes, scores, labels) that runs the file in onnxruntime."""
-    require_packages("onnxruntime")
-    import onnxruntime
+def fit(path: Path, height: int, width: int, min_size: float = math.inf,
+        max_size: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Image of a file as `evaluate.py --pad-to` prepares it, or smaller where that would not fit.
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda image, sizes: tuple(map(torch.from_numpy, session.run(
-        ["boxes", "scores", "labels"], {"image": image.numpy(), "sizes": sizes.numpy()})))
-
-
-def fit(path: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Image of a file, resized to fit into the input with its aspect ratio kept.
-
+    height, width: size of the input; min_size, max_size: see `data.resized_shape`, all in px.
     Returns image (1, 3, height, width) uint8, sizes (1, 2). Raises DataError for a missing or broken file.
     """
-    original = read_image(str(path))
-    scale = min(height / original.height, width / original.width)
-    size = [max(1, min(limit, round(side * scale))) for side, limit in zip(original.size, (width, height))]
-    pixels = torch.from_numpy(np.array(original.resize(size, Image.BILINEAR))).permute(2, 0, 1)
+    original = np.array(read_image(str(path)))
+    sides = original.shape[:2]
+    scale = min(height / sides[0], width / sides[1], min_size / min(sides), max_size / max(sides))
+    size = [max(1, int(side * scale + 0.5)) for side in sides]
     image = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-    image[0, :, :size[1], :size[0]] = pixels
-    return image, torch.tensor([size[::-1]])
+    image[0, :, :size[0], :size[1]] = torch.from_numpy(resize(original, *size)).permute(2, 0, 1)
+    return image, torch.tensor([size])
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[int, float, float]:
@@ -171,12 +167,13 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[int, fl
     return int(unmatched), max(box_gap, default=0.0), max(score_gap, default=0.0)
 
 
-def check_inputs(height: int, width: int, paths: list[Path]) -> list[tuple]:
-    """(name, image, sizes) for noise and for every file."""
+def check_inputs(height: int, width: int, paths: list[Path], min_size: float = math.inf,
+                 max_size: float = math.inf) -> list[tuple]:
+    """(name, image, sizes) for noise and for every file, see `fit`."""
     noise = torch.randint(256, (1, 3, height, width), generator=torch.Generator().manual_seed(0),
                           dtype=torch.uint8)
     return [("noise", noise, torch.tensor([[height, width]])),
-            *((path, *fit(path, height, width)) for path in paths)]
+            *((path, *fit(path, height, width, min_size, max_size)) for path in paths)]
 
 
 def check(path: Path, model: nn.Module, inputs: list[tuple]):
@@ -221,9 +218,11 @@ def main():
     model, info = load_model(args.ckpt, classes=args.classes)
     for note in info["notes"]:
         print(note)
-    inputs = [] if args.check is None else check_inputs(*args.size, args.check)
+    metadata = file_metadata(info, model, *args.size)
+    resizing = [json.loads(metadata[key]) for key in ("min_size", "max_size")]
+    inputs = [] if args.check is None else check_inputs(*args.size, args.check, *resizing)
     runtime.make_folder(args.out.parent)
-    write_onnx(model, info["names"], *args.size, args.out, args.nms)
+    write_onnx(model, info["names"], *args.size, args.out, args.nms, metadata)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, opset {OPSET}, {len(info['names'])} classes")
     if inputs:
         check(args.out, model, inputs)

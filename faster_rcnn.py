@@ -25,7 +25,6 @@ of a RoI, index C, is background. Anchors are concatenated from the finest level
 in the row-major order of `feature.flatten(2)`.
 `# DIFFERS:` marks departures from the paper; docs/differences.md lists them.
 """
-import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from backbone import FPN, ResNet, normalise_images
 from ops import (
+    HUGE,
     batched_nms,
     cell_anchors,
     clip_boxes,
@@ -152,7 +152,7 @@ def subsample_labels(positive: Tensor, negative: Tensor, count: int, max_positiv
 
 def _sampling_order(priorities: Tensor, mask: Tensor) -> Tensor:
     """Position (..., N) int64 at which each element of the mask is sampled; other elements come later."""
-    return priorities.masked_fill(~mask, math.inf).argsort(stable=True).argsort()
+    return priorities.masked_fill(~mask, HUGE).argsort(stable=True).argsort()
 
 
 def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def rpn_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: Ten
     scores, boxes = objectness[best], clip_boxes(decode_boxes(deltas[best], anchors[best]), *size)
     valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1) & scores.isfinite()
     # An invalid box becomes an empty one with the lowest score: it suppresses nothing and comes last.
-    boxes, scores = torch.where(valid[:, None], boxes, 0.0), torch.where(valid, scores, -math.inf)
+    boxes, scores = torch.where(valid[:, None], boxes, 0.0), torch.where(valid, scores, -HUGE)
     kept = batched_nms(boxes, scores, level, RPN_NMS_THRESHOLD, post_nms_top_k)
     # Padded first and cut afterwards, so that torch.export sees a fixed number of rows.
     kept = torch.cat((kept, kept.new_full((post_nms_top_k,), -1)))[:post_nms_top_k]
@@ -233,8 +233,7 @@ def sample_rois(proposals: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: T
     is_object = gt_labels >= 0
     boxes, valid = torch.cat((proposals, gt_boxes), dim=1), torch.cat((valid, is_object), dim=1)
     boxes, valid = F.pad(boxes, (0, 0, 0, count)), F.pad(valid, (0, count))  # there are always `count` rows
-    # The IoU of two boxes without area is NaN: padding rows have none.
-    iou = torch.where(is_object[..., None], pairwise_iou(gt_boxes, boxes).nan_to_num(0.0), 0.0)
+    iou = torch.where(is_object[..., None], pairwise_iou(gt_boxes, boxes), 0.0)
     best_iou, index = iou.max(dim=1)
     # DIFFERS: background starts at IoU 0 (detectron2), in Fast R-CNN at 0.1.
     foreground, background = valid & (best_iou >= ROI_FOREGROUND_IOU), valid & (best_iou < ROI_FOREGROUND_IOU)

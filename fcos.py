@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, normalise_images
 from ops import (
+    HUGE,
     box_area,
     final_detections,
     flatten_predictions,
@@ -147,9 +148,9 @@ def fcos_targets(points: Tensor, strides: Tensor, ranges: Tensor, gt_boxes: Tens
     size = torch.maximum(left_top, right_bottom).amax(dim=-1)
     fits_level = (size >= ranges[:, :1]) & (size <= ranges[:, 1:])  # both ends count, as in mmdetection
     possible = inside & fits_level & (gt_labels >= 0)[..., None, :]
-    smallest, index = torch.where(possible, box_area(gt_boxes)[..., None, :], math.inf).min(dim=-1)
+    smallest, index = torch.where(possible, box_area(gt_boxes)[..., None, :], HUGE).min(dim=-1)
 
-    background = smallest == math.inf
+    background = smallest == HUGE
     labels = gt_labels.gather(-1, index).masked_fill(background, -1)
     box = gt_boxes.gather(-2, index[..., None].expand(*index.shape, 4))
     ltrb = torch.cat((points - box[..., :2], box[..., 2:] - points), dim=-1)

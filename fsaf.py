@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbone import CAFFE_PIXELS, FPN, TORCHVISION_PIXELS, ResNet, normalise_images
 from ops import (
+    HUGE,
     box_area,
     cell_anchors,
     decode_boxes,
@@ -213,8 +214,8 @@ def fsaf_targets(points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: T
     # DIFFERS: objects compete for a point before they select a level, as in mmdetection. The larger one loses
     # the point even if the smaller one then trains on another level. In the paper only objects that train on
     # the same level compete.
-    smallest, gt_index = torch.where(effective, box_area(gt_boxes)[..., None, :], math.inf).min(dim=-1)
-    positive = (smallest < math.inf) & ~ignored
+    smallest, gt_index = torch.where(effective, box_area(gt_boxes)[..., None, :], HUGE).min(dim=-1)
+    positive = (smallest < HUGE) & ~ignored
 
     # DIFFERS: the paper does not say what an effective point learns in the ignore region of another object of
     # the same class. As in mmdetection it is background, and this class is ignored there.

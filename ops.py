@@ -17,6 +17,9 @@ from torch import Tensor
 
 USE_TORCHVISION = True  # False: the plain forms of NMS and RoIAlign everywhere
 MAX_GROWTH = 1000 / 16  # a decoded side is at most this many times its anchor's: exp stays finite (Detectron)
+# Larger than every area, score and priority. It is finite because some NPUs have no infinity: there a select
+# gives the largest number instead, which a comparison with infinity would take for the value of an object.
+HUGE = 1e30
 # Boxes that the plain NMS decides at once: the more, the fewer and larger its operators. On a CPU torch gives
 # tensors of 32768 elements or more to several threads, which wait for each other when other programs use the
 # cores. The largest tensors here have 2 * NMS_BLOCK_CPU ** 2 elements, so one thread makes them.
@@ -35,14 +38,15 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of every box of one set with every box of another.
 
     boxes1: (..., N, 4), boxes2: (..., M, 4), same unit; N and M may be 0.
-    Returns (..., N, M) in [0, 1]. The IoU of two boxes without area is NaN.
+    Returns (..., N, M) in [0, 1]. The IoU of two boxes without area is 0.
     """
     boxes1, boxes2 = boxes1.float()[..., :, None, :], boxes2.float()[..., None, :, :]
     corner1 = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     corner2 = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
     width_height = (corner2 - corner1).clamp(min=0)
     inter = width_height[..., 0] * width_height[..., 1]
-    return inter / (box_area(boxes1) + box_area(boxes2) - inter)
+    union = box_area(boxes1) + box_area(boxes2) - inter
+    return inter / union.clamp(min=1 / HUGE)  # 0 / 0 would set the overflow flag of some NPUs
 
 
 def clip_boxes(boxes: Tensor, height, width) -> Tensor:

@@ -2,7 +2,7 @@
 
 `parse_args` gives every argument a value. `resolve` decides it; `train.py --show-recipe` prints the result.
 """
-from runtime import AMP, Parser, blame, print0  # before torch: see the first lines of runtime.py
+from runtime import AMP, Parser, blame, device_name, print0  # before torch: see the first lines of runtime.py
 
 # isort: split
 import argparse
@@ -217,7 +217,7 @@ def _add_run_arguments(parser: Parser):
     optim("--loss-scale", help="for fp16: dynamic (default) or a number")
     optim("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; pads images to few sizes")
     run = parser.add_argument_group("run").add_argument
-    run("--device", choices=("auto", "cuda", "npu", "cpu"))
+    run("--device", type=device_name, metavar="NAME", help="auto, cuda, npu, cpu; one by its number: npu:3")
     run("--out", type=Path, help="default: runs/MODEL, with the form and the stage")
     run("--seed", type=int, help="default: 0")
     run("--init", help="start from the weights of this checkpoint; other classes get a new head")

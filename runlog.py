@@ -59,6 +59,7 @@ class RunLog:
         self.logged, self.loss_sums = start, {}  # the step of the last line; sums of losses since then
         self.data_seconds, self.clock, self.file = 0.0, time.perf_counter(), None
         self.broken = set()  # messages of the images that this rank could not read
+        self.skipped = 0  # steps of the run without a step of the optimizer, because float16 overflowed
         self.sums_before = {}  # loss_sums before the current step
 
     def open(self):
@@ -71,13 +72,13 @@ class RunLog:
             copy_prints(self.args.out / "log.txt")
 
     def state_dict(self) -> dict:
-        return {"logged": self.logged,
+        return {"logged": self.logged, "skipped": self.skipped,
                 "loss_sums": {name: value.cpu() for name, value in self.loss_sums.items()}}
 
     def load_state_dict(self, state: dict):
         if not 0 <= state["logged"] <= self.start:
             raise ValueError(f"a log line of step {state['logged']}")
-        self.logged = state["logged"]
+        self.logged, self.skipped = state["logged"], state.get("skipped", 0)
         self.loss_sums = {name: value.to(self.place.device) for name, value in state["loss_sums"].items()}
 
     def add(self, losses: dict[str, torch.Tensor], accumulate: int):
@@ -98,6 +99,8 @@ class RunLog:
                "lr": lr, "data_s": self.data_seconds / timed, "step_s": seconds / timed,
                "images_per_s": timed * self.args.batch_size / seconds,
                "memory_gb": peak_memory(self.place.device), "eta_s": (max_steps - done) * seconds / timed}
+        if self.skipped:
+            row["skipped"] = self.skipped
         if self.args.compile:
             row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         print0(f"step {done}/{max_steps}  epoch {row['epoch']:.2f}  "
@@ -105,6 +108,7 @@ class RunLog:
                + f"  lr {lr:.5f}  data {row['data_s']:.3f} s  step {row['step_s']:.3f} s  "
                  f"{row['images_per_s']:.1f} images/s  {row['memory_gb']:.2f} GB  "
                  f"ETA {int(row['eta_s']) // 60}:{int(row['eta_s']) % 60:02}"
+               + (f"  {self.skipped} steps skipped: float16 overflow" if self.skipped else "")
                + (f"  {row['graphs']} graphs" if self.args.compile else ""))
         if self.file:
             print(json.dumps(row), file=self.file, flush=True)

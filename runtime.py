@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+VISIBLE_DEVICES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 # Rank 0 scores while the others wait in a collective, so the limit is far above torch's 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
@@ -69,12 +70,23 @@ class Place(NamedTuple):
     world: int = 1  # number of ranks
 
 
+def device_name(text: str) -> str:
+    """The value of --device: auto, cpu, cuda, npu, or one device by its number, such as npu:3."""
+    if not re.fullmatch(r"auto|cpu|(cuda|npu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cuda, npu, cpu or a number like npu:3")
+    return text
+
+
 def setup_device(name: str, amp: str = "off") -> Place:
     """Chooses the device; under torchrun it also starts the process group.
 
-    name: auto (cuda if there is one, else cpu), cuda, npu or cpu. amp: a key of AMP that the device must
+    name: from `device_name`; auto is cuda if there is one, else cpu. amp: a key of AMP that the device must
     support. Raises SystemExit with one line.
     """
+    name, _, number = name.partition(":")
+    if number and "LOCAL_RANK" in os.environ:
+        raise SystemExit(f"error: --device {name}:{number} does not go with torchrun, which gives each rank "
+                         f"a device: use --device {name} and {VISIBLE_DEVICES[name]}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if amp == "fp16" and name == "cpu":
@@ -84,15 +96,18 @@ def setup_device(name: str, amp: str = "off") -> Place:
                          "(use --device cpu, or check the driver)")
     if name == "npu":
         _import_npu()
-    local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, world = int(number or os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if name != "cpu":
         module = torch.get_device_module(name)
         if local_rank >= module.device_count():
-            raise SystemExit(f"error: {os.environ.get('LOCAL_WORLD_SIZE', world)} ranks on this machine, but "
-                             f"{module.device_count()} {name} devices")
+            wanted = (f"--device {name}:{number}" if number else
+                      f"{os.environ.get('LOCAL_WORLD_SIZE', world)} ranks on this machine")
+            raise SystemExit(f"error: {wanted}, but {module.device_count()} {name} devices")
         device = torch.device(name, local_rank)
         module.set_device(device)
+    if name == "npu" and amp == "bf16" and not torch.npu.is_bf16_supported():
+        raise SystemExit("error: --amp bf16: this NPU has no bfloat16; use --amp fp16 (docs/ascend.md)")
     if world > 1:
         dist.init_process_group(BACKENDS[name], timeout=COLLECTIVE_TIMEOUT)
     return Place(device, int(os.environ.get("RANK", 0)), world)
@@ -115,6 +130,21 @@ def _import_npu():
         raise SystemExit("error: --device npu, but torch_npu sees no NPU (npu-smi info lists them)")
     torch.npu.set_compile_mode(jit_compile=False)  # else every new image size compiles every operator
     torch.npu.config.allow_internal_format = False  # else convolutions convert to another layout and back
+
+
+def saturates(device: torch.device) -> bool:
+    """Whether the device has no infinity: overflow gives the largest number there, and NaN becomes 0."""
+    # torch_npu calls the other form the INF_NAN mode. The stand-in of the tests need not have the function.
+    utils = getattr(torch.npu, "utils", None) if device.type == "npu" else None
+    return hasattr(utils, "is_support_inf_nan") and not utils.is_support_inf_nan()
+
+
+def take_overflow_flag() -> bool:
+    """Whether something overflowed since the last call, on an NPU that `saturates`. Waits for the NPU."""
+    overflow = torch.npu.get_npu_overflow_flag()
+    if overflow:
+        torch.npu.clear_npu_overflow_flag()
+    return overflow
 
 
 def autocast(device: torch.device, amp: torch.dtype | None):

@@ -48,6 +48,7 @@ from data import (
 )
 from defrcn import Affine
 from evaluate import EvalSettings, evaluate
+from ops import HUGE
 from recipes import REFERENCE_BATCH, VERIFY_BELOW, parse_args
 from resume import TrainingState, restore_rng, restore_training, save_best, save_training
 from runlog import Progress, RunLog, environment, lock_folder
@@ -57,6 +58,7 @@ from weights import load_imagenet
 
 MOMENTUM = 0.9
 SCALE_GROWTH_STEPS = 2000  # as torch.amp.GradScaler
+SATURATING_SCALE = "32"  # --loss-scale on an NPU without infinity: that of the Ascend port of FCOS
 
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -143,18 +145,28 @@ class LossScaler:
 
     If gradients overflow, the step is skipped and the scale is halved. After SCALE_GROWTH_STEPS good steps in
     a row the scale is doubled. A setting other than "dynamic" is a fixed scale.
+    saturates: the device has no infinity, so no gradient shows that a scale is too large. The scale is fixed
+    there, and the overflow flag of the device decides whether a step is skipped.
     """
 
     # torch.amp.GradScaler computes in float64 on the device, which an NPU does not have. It also waits for
     # the device once more per step. Here the scale is a number on the host.
 
-    def __init__(self, setting: str, enabled: bool):
+    def __init__(self, setting: str, enabled: bool, saturates: bool = False):
+        if enabled and saturates and setting == "dynamic":
+            print0(f"this NPU has no infinity: the loss scale is fixed, {SATURATING_SCALE}")
+            setting = SATURATING_SCALE
         self.enabled, self.dynamic, self.good_steps = enabled, enabled and setting == "dynamic", 0
+        self.has_flag = enabled and saturates
         self.scale = 1.0 if not enabled else 2.0 ** 16 if self.dynamic else float(setting)
 
     def unscale(self, model: torch.nn.Module):
         if self.enabled:
             torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / self.scale)
+
+    def overflow_flag(self) -> bool:
+        """Whether the device says that an operation of this step overflowed."""
+        return self.has_flag and runtime.take_overflow_flag()
 
     def update(self, overflow: bool):
         if self.dynamic:
@@ -307,7 +319,8 @@ def main():
     torch.manual_seed(args.seed)  # the same weights on all ranks
     layout = runtime.memory_format(device)
     model = make_model(args, checkpoint, train_set.names).to(device, memory_format=layout)
-    optimizer, scaler = make_optimizer(args, model), LossScaler(args.loss_scale, enabled=args.amp == "fp16")
+    optimizer, scaler = make_optimizer(args, model), LossScaler(
+        args.loss_scale, enabled=args.amp == "fp16", saturates=runtime.saturates(device))
     torch.manual_seed(args.seed + rank)  # other dropout and samples on every rank
     start = checkpoint["step"] if args.resume else 0
     if start >= schedule.max_steps:
@@ -364,9 +377,9 @@ def main():
             log.add(losses, accumulate)
 
         scaler.unscale(model)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or HUGE)
         # Under fp16 loss scaling infinite gradients skip the step. Otherwise they are an error.
-        overflow = ~torch.isfinite(norm)
+        overflow = ~torch.isfinite(norm) | scaler.overflow_flag()
         finite = torch.isfinite(sum(log.loss_sums.values())) & (~overflow | scaler.enabled)
         on_host = torch.full((), interrupts.received, device=device), torch.full(
             (), len(log.broken) > args.skip_broken, device=device)
@@ -375,7 +388,9 @@ def main():
             fail_broken(step, state, args, train_set, place)
         if nonfinite:
             fail_nonfinite(step, losses, norm, image_ids, place)
-        if not overflow:
+        if overflow:
+            log.skipped += 1
+        else:
             optimizer.step()
         scaler.update(overflow)
         optimizer.zero_grad(set_to_none=True)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train_small
 from PIL import Image
 from torch import nn
 
+import evaluate
 import export
 import fsaf
 from checkpoint import build_model, save_checkpoint
@@ -16,6 +18,7 @@ from export import OneImage, compare, fit, write_onnx
 from faster_rcnn import FasterRCNN
 from fcos import FCOS
 from fsaf import FSAF
+from metrics import shown
 from ops import batched_nms, final_detections
 from recipes import parse_args
 
@@ -192,7 +195,9 @@ def assert_fixed_shapes_and_class_names(path):
     content = onnx.load(path)
     onnx.checker.check_model(content, full_check=True)
     assert [(o.domain, o.version) for o in content.opset_import] == [("", export.OPSET)]
-    assert json.loads({p.key: p.value for p in content.metadata_props}["names"]) == NAMES
+    facts = {p.key: json.loads(p.value) for p in content.metadata_props}
+    assert facts["names"] == NAMES and facts["size"] == [64, 96] and facts["padding"] == "right and bottom"
+    assert (facts["min_size"], facts["max_size"]) == (64, 96)  # the run had 128 and 128
     inferred = onnx.shape_inference.infer_shapes(content, strict_mode=True).graph
     values = [*inferred.input, *inferred.output, *inferred.value_info]
     assert len(values) > 100
@@ -237,6 +242,60 @@ def test_an_image_is_fitted_into_the_upper_left_corner(tmp_path):
     assert sizes.tolist() == [[24, 96]] and image.shape == (1, 3, 64, 96)
     assert (image[0, :, :24].flatten(1) == torch.tensor([[9], [8], [7]])).all()
     assert (image[0, :, 24:] == 0).all()
+
+
+def test_an_image_is_checked_at_the_size_at_which_it_is_scored(tmp_path):
+    Image.new("RGB", (40, 20), (9, 8, 7)).save(tmp_path / "a.png")
+    # Short side 24 -> 24 x 48; a long side of at most 36 -> 18 x 36; an input of 16 x 96 px -> 16 x 32.
+    for size, resizing, expected in (((64, 96), (24, 99), [24, 48]), ((64, 96), (24, 36), [18, 36]),
+                                     ((16, 96), (24, 99), [16, 32])):
+        assert fit(tmp_path / "a.png", *size, *resizing)[1].tolist() == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "nms"), [("fcos", False), ("fsaf", True)])
+def test_a_file_scores_like_its_checkpoint_at_the_size_of_the_file(form, nms, in_process, tmp_path):
+    need_onnx()
+    train_small(tmp_path / "run", "--model", form, "--max-steps", 40, "--batch-size", 4, "--lr", 0.02)
+    # Larger than the images, which are 128 x 128: the group norm of FCOS sees the padding.
+    in_process(export.main, "--ckpt", "run/last.pth", "--size", 160, 192, "--out", "m.onnx", *["--nms"] * nms)
+    out = in_process(evaluate.main, "--onnx", "m.onnx", "--ckpt", "run/last.pth", "--workers", 0,
+                     "--pictures", 0)
+    assert "m.onnx: step 40, 8 classes; 16 images, short side 128, long side at most 128 px" in out
+    metrics = [json.loads((tmp_path / folder / "metrics.json").read_text())
+               for folder in ("onnx", "onnx/checkpoint")]
+    assert metrics[0]["AP"] == pytest.approx(metrics[1]["AP"], abs=1e-4)
+    assert out.splitlines()[-1] == (f"AP {shown(metrics[0]['AP'])} of m.onnx, {shown(metrics[1]['AP'])} of "
+                                    "run/last.pth")
+    found = [json.loads((tmp_path / folder / "detections.json").read_text())
+             for folder in ("onnx", "onnx/checkpoint")]
+    assert len(found[0]) == pytest.approx(len(found[1]), rel=0.02) and len(found[0]) > 20
+    # Alone, from its metadata; and with --pad-to, the checkpoint gives the same.
+    in_process(evaluate.main, "--onnx", "m.onnx", "--workers", 0, "--pictures", 0, "--out", "alone")
+    in_process(evaluate.main, "--ckpt", "run/last.pth", "--pad-to", 160, 192, "--workers", 0, "--pictures", 0,
+               "--out", "padded")
+    scores = [json.loads((tmp_path / folder / "detections.json").read_text()) for folder in ("alone", "padded")]
+    assert scores == found
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--onnx", "no.onnx"], "error: no.onnx: there is no such file"),
+    (["--onnx", "text.onnx"], "error: text.onnx: onnxruntime cannot read it ("),
+    (["--onnx", "m.onnx", "--pad-to", 64, 64], "error: --pad-to does not go with --onnx: the file decides it"),
+    (["--onnx", "m.onnx", "--nms-threshold", 0.4], "error: --nms-threshold does not go with --onnx"),
+])
+def test_a_file_that_cannot_be_scored_ends_in_one_line(mistake, tmp_path, words, message):
+    need_onnx()
+    (tmp_path / "text.onnx").write_text("no protobuf")
+    line = mistake(evaluate.main, *words)
+    assert message in line and "\n" not in line[line.index("error:"):].rstrip()
+
+
+@pytest.mark.slow
+def test_a_file_without_metadata_is_named(mistake, tmp_path):
+    need_onnx()
+    write_onnx(PixelsAsBoxes(), NAMES, 32, 32, tmp_path / "m.onnx")
+    assert "error: m.onnx: not a file of export.py (KeyError: " in mistake(evaluate.main, "--onnx", "m.onnx")
 
 
 def test_detections_are_compared_label_by_label():

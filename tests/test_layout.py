@@ -6,7 +6,7 @@ from conftest import ROOT
 
 LAYERS = (("ops", "runtime", "augment", "safe_pickle"),
           ("data", "layouts", "yolo", "shapes", "subsets", "backbone", "metrics", "analysis", "draw",
-           "runlog"),
+           "runlog", "onnx_model"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),
           ("defrcn", "convert"),
           ("checkpoint", "fewshot"),

@@ -71,8 +71,13 @@ def runs(tmp_path_factory):
     jobs["resumed"] = {"words": ["train.py", "--resume", "whole/step_2.pth", "--device", "npu",
                                  "--workers", 0, "--out", "resumed"]}
     jobs["fp16"] = train_job("fcos", "fp16", "--amp", "fp16", "--no-eval", size=TINY)
+    jobs["fp32 npu"] = train_job("fcos", "fp32_npu", "--no-eval", size=TINY)
     jobs["fp32"] = train_job("fcos", "fp32", "--no-eval", size=TINY, device="cpu")
     jobs["fcos affine"] = train_job("fcos", "fcos_affine", *AFFINE)
+    jobs["device 1"] = train_job("fcos", "device_1", "--no-eval", device="npu:1", size=TINY)
+    jobs["device 2"] = train_job("fcos", "device_2", device="npu:2")
+    jobs["device 1 of torchrun"] = train_job("fcos", "device_of_torchrun", device="npu:1",
+                                             env={"LOCAL_RANK": "0"})
     for script, words in (("train.py", ()), ("evaluate.py", ("--ckpt", "fcos_npu/last.pth"))):
         jobs[f"{script} one rank too many"] = {"words": [script, *words, "--device", "npu", "--out", "many"],
                                                "env": {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}}
@@ -233,6 +238,10 @@ def test_loss_scale_by_hand():
     for _ in range(SCALE_GROWTH_STEPS):
         scaler.update(overflow=False)
     assert scaler.scale == 2.0 ** 16
+    saturating = LossScaler("dynamic", enabled=True, saturates=True)
+    saturating.update(overflow=True)
+    assert saturating.scale == 32 and LossScaler("8", enabled=True, saturates=True).scale == 8
+    assert not LossScaler("dynamic", enabled=False, saturates=True).overflow_flag()
     other = LossScaler("dynamic", enabled=True)
     other.load_state_dict({**scaler.state_dict(), "scale": 8.0})
     assert other.scale == 8
@@ -241,6 +250,56 @@ def test_loss_scale_by_hand():
         same.update(overflow=True)
         same.load_state_dict(scaler.state_dict())
     assert (fixed.scale, off.scale) == (32, 1)
+
+
+# ---------------------------------------------------------------------------- a device without infinity
+
+THREE = ("fcos", "free", "base")
+
+
+@pytest.fixture(scope="module")
+def saturating(tmp_path_factory):
+    """20 steps of float32 on the stand-in as it is and without infinity; there also 3 steps of float16."""
+    jobs = {}
+    for form in THREE:
+        steady = ("--max-steps", 20, "--warmup-steps", 0, "--lr", 0.001, "--no-eval")
+        fp16 = ("--amp", "fp16", "--warmup-steps", 0, "--lr", 0.001, "--no-eval")
+        jobs[f"{form} ordinary"] = train_job(form, f"{form}_ordinary", *steady)
+        jobs[f"{form} fp32"] = train_job(form, f"{form}_fp32", *steady, saturates=True)
+        jobs[f"{form} fp16"] = train_job(form, f"{form}_fp16", *fp16, size=TINY, saturates=True)
+        jobs[f"{form} too large"] = train_job(form, f"{form}_large", *fp16, "--loss-scale", 2.0 ** 24,
+                                              size=TINY, saturates=True)
+    jobs["bf16"] = train_job("fcos", "bf16", "--amp", "bf16", saturates=True)
+    return run_jobs(tmp_path_factory.mktemp("saturating"), jobs)
+
+
+@needs_stand_in
+@pytest.mark.slow
+@pytest.mark.parametrize("form", THREE)
+def test_training_without_infinity_equals_training_with_it(saturating, form):
+    ordinary, fp32 = saturating[f"{form} ordinary"], saturating[f"{form} fp32"]
+    assert len(losses(fp32)) == 20 and losses(fp32) == losses(ordinary)
+    assert fp32["overflows"] == {}  # else the flag would have float16 skip a good step
+
+
+@needs_stand_in
+@pytest.mark.slow
+@pytest.mark.parametrize("form", THREE)
+def test_the_overflow_flag_decides_about_float16_steps_without_infinity(saturating, form):
+    good, large = saturating[f"{form} fp16"], saturating[f"{form} too large"]
+    assert good["overflows"] == {} and "skipped" not in good["rows"][-1]
+    assert "this NPU has no infinity: the loss scale is fixed, 32" in good["text"]
+    assert len(losses(good)) == len(losses(large)) == 3
+    assert large["overflows"]["convolution_backward"] > 0  # and no value is infinite
+    assert [row["skipped"] for row in large["rows"]] == [1, 2, 3]
+    assert "  3 steps skipped: float16 overflow" in large["text"]
+
+
+@needs_stand_in
+@pytest.mark.slow
+def test_bfloat16_is_refused_where_the_npu_lacks_it(saturating):
+    assert (saturating["bf16"]["error"]
+            == "error: --amp bf16: this NPU has no bfloat16; use --amp fp16 (docs/ascend.md)")
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -293,6 +352,23 @@ def test_cuda_without_a_gpu_ends_in_one_line(mistake, monkeypatch, main):
 def test_more_ranks_than_devices_end_in_one_line(runs, script_name):
     assert (runs[f"{script_name} one rank too many"]["error"]
             == "error: 3 ranks on this machine, but 2 npu devices")
+
+
+@needs_stand_in
+@pytest.mark.slow
+def test_a_device_is_chosen_by_its_number(runs):
+    assert losses(runs["device 1"]) == losses(runs["fp32 npu"]) and runs["device 1"]["current_device"] == 1
+    assert runs["device 2"]["error"] == "error: --device npu:2, but 2 npu devices"
+    assert runs["device 1 of torchrun"]["error"] == (
+        "error: --device npu:1 does not go with torchrun, which gives each rank a device: use --device npu "
+        "and ASCEND_RT_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize("name", ["npu:", "gpu:1", "cpu:0", "auto:1", "cuda:-1"])
+@pytest.mark.parametrize("main", CHECKPOINT)
+def test_other_names_of_devices_are_refused(mistake, main, name):
+    stopped = mistake(main, "--device", name, "--out", "out", *CHECKPOINT[main])
+    assert f"{name!r} is not auto, cuda, npu, cpu or a number like npu:3" in stopped
 
 
 def test_torch_npu_is_imported_for_npu_alone(tmp_path):

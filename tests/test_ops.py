@@ -43,7 +43,7 @@ def slow_iou(a, b):
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / union if union else math.nan
+    return width * height / union if union else 0.0
 
 
 def slow_nms(boxes, scores, threshold, labels):
@@ -72,9 +72,9 @@ def test_pairwise_iou_by_hand():
     torch.testing.assert_close(ops.pairwise_iou(boxes1, boxes2), torch.tensor([[1, 1 / 7, 0, 0, 0.25]]))
 
 
-def test_two_boxes_without_area_have_no_iou():
+def test_two_boxes_without_area_have_iou_0():
     point = torch.tensor([[3., 3., 3., 3.]])
-    assert ops.pairwise_iou(point, point).isnan().all()
+    assert ops.pairwise_iou(point, point).tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("count1, count2", [(40, 30), (0, 30), (40, 0), (0, 0)])

@@ -4,7 +4,8 @@
 
 torch_npu, or the stand-in for it, must be on PYTHONPATH.
 
-A job is {"words": [script, argument, ...], "same_samples": bool, "env": {name: value}}. For test_npu.py:
+A job is {"words": [script, argument, ...], "same_samples": bool, "env": {name: value}, "saturates": bool}.
+With "saturates" the device is like the first Ascend 910, see `Saturate`. For test_npu.py:
 importing torch_npu changes a process, and each start of one costs seconds. Under torchrun, give one job.
 """
 import contextlib
@@ -15,6 +16,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -81,6 +84,41 @@ class Watch(TorchDispatchMode):
         return {"operators": dict(sorted(self.operators.items())), **self.events}
 
 
+class Saturate(TorchDispatchMode):
+    """A device without infinity: what overflows becomes the largest number, NaN becomes 0, and a flag is set.
+
+    Inside, torch.npu answers as torch_npu does on an Ascend 910 of the first generation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flag, self.overflows = False, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if (isinstance(tensor, torch.Tensor) and _on_npu(tensor) and tensor.is_floating_point()
+                    and not tensor.isfinite().all()):
+                self.flag = True
+                self.overflows[func._schema.name.removeprefix("aten::")] += 1
+                tensor.nan_to_num_(0.0)
+        return out
+
+    def __enter__(self):
+        answers = {"utils": SimpleNamespace(is_support_inf_nan=lambda: False),
+                   "is_bf16_supported": lambda: False, "get_npu_overflow_flag": lambda: self.flag,
+                   "clear_npu_overflow_flag": lambda: setattr(self, "flag", False)}
+        self.patches = [patch.object(torch.npu, *answer, create=True) for answer in answers.items()]
+        for each in self.patches:
+            each.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for each in self.patches:
+            each.stop()
+        return super().__exit__(*error)
+
+
 def _on_npu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "npu"
 
@@ -93,7 +131,8 @@ def spread_order(count: int, device) -> torch.Tensor:
 def run(job: dict) -> dict:
     report = {"shapes": [], "error": None}
     step_watch, detect_watch = Watch(), Watch()
-    npu = "npu" in job["words"]
+    npu = "npu" in job["words"] and not job.get("saturates")  # watched, which takes time
+    saturating = Saturate() if job.get("saturates") else contextlib.nullcontext()
     os.environ.update(job.get("env", {}))
     kept = checkpoint.build_model, train.learning_rate, evaluate.detect
 
@@ -128,11 +167,13 @@ def run(job: dict) -> dict:
     sys.argv = [script, *words]
     text, start = io.StringIO(), time.time()
     try:
-        with contextlib.redirect_stdout(text):
+        with contextlib.redirect_stdout(text), saturating:
             run_main({"train.py": train.main, "evaluate.py": evaluate.main}[script])
     except SystemExit as stop:
         report["error"] = str(stop.code)
     finally:
+        report["current_device"] = torch.npu.current_device()
+        torch.npu.set_device(0)
         checkpoint.build_model, train.learning_rate, evaluate.detect = kept
         train.build_model = kept[0]
         for name in job.get("env", {}):
@@ -144,7 +185,8 @@ def run(job: dict) -> dict:
             report[key] = json.loads(lines) if key != "rows" else [  # without those of evaluations
                 row for row in map(json.loads, lines.splitlines()) if "loss" in row]
     return {**report, "step": {**step_watch.report(), "recorded": getattr(recording, "counts", {})},
-            "detect": detect_watch.report(), "text": text.getvalue(), "seconds": time.time() - start,
+            "detect": detect_watch.report(), "overflows": getattr(saturating, "overflows", {}),
+            "text": text.getvalue(), "seconds": time.time() - start,
             "options": npu and {**torch.npu.options, **vars(torch.npu.config)}}
 
 
