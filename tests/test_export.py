@@ -274,14 +274,16 @@ def test_a_file_scores_like_its_checkpoint_at_the_size_of_the_file(form, nms, in
     in_process(evaluate.main, "--onnx", "m.onnx", "--workers", 0, "--pictures", 0, "--out", "alone")
     in_process(evaluate.main, "--ckpt", "run/last.pth", "--pad-to", 160, 192, "--workers", 0, "--pictures", 0,
                "--out", "padded")
-    scores = [json.loads((tmp_path / folder / "detections.json").read_text()) for folder in ("alone", "padded")]
+    scores = [json.loads((tmp_path / folder / "detections.json").read_text())
+              for folder in ("alone", "padded")]
     assert scores == found
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--onnx", "no.onnx"], "error: no.onnx: there is no such file"),
     (["--onnx", "text.onnx"], "error: text.onnx: onnxruntime cannot read it ("),
-    (["--onnx", "m.onnx", "--pad-to", 64, 64], "error: --pad-to does not go with --onnx: the file decides it"),
+    (["--onnx", "m.onnx", "--pad-to", 64, 64],
+     "error: --pad-to does not go with --onnx: the file decides it"),
     (["--onnx", "m.onnx", "--nms-threshold", 0.4], "error: --nms-threshold does not go with --onnx"),
 ])
 def test_a_file_that_cannot_be_scored_ends_in_one_line(mistake, tmp_path, words, message):
