@@ -28,6 +28,8 @@ REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --sc
 # Steps at the reference batch, and the steps where the lr drops to a tenth (Detectron's model zoo).
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
              "3x": (270_000, (210_000, 250_000)),  # detectron2's
+             # mmdetection's 12 and 24 epochs of 7330 steps, COCO without its empty images
+             "12e": (87_960, (58_640, 80_630)), "24e": (175_920, (117_280, 161_260)),
              "s1x": (130_000, (100_000, 120_000)),
              "tutorial": (7_500, (3_750, 5_000))}  # Detectron's: 60,000 steps of 2 images
 
