@@ -20,8 +20,9 @@ from runtime import atomic_write, blame, memory_format, print0
 from weights import WeightsError, extract_state_dict, read_file, refuse_nonfinite
 
 # Arguments that define the architecture. They come from the checkpoint unless given on the command line.
-MODEL_ARGS = ("model", "backbone", "fpn", "fpn_channels", "caffe", "original", "tower_bias", "torchvision",
-              "fsaf_branch", "ignore_scale", "decouple", "cosine", "pool_size", "roi_samples", "proposals")
+MODEL_ARGS = ("model", "backbone", "fpn", "fpn_channels", "caffe", "original", "tower_bias", "head_norm",
+              "torchvision", "fsaf_branch", "ignore_scale", "decouple", "cosine", "pool_size", "roi_samples",
+              "proposals")
 # What the arguments in a checkpoint must be for a model to be built and scored. None means: not used.
 ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", "train_split", "val_split",
                             "train_json", "train_images", "val_json", "val_images", "stage", "pcb_weights",
@@ -43,7 +44,7 @@ def build_model(args: dict, num_classes: int) -> nn.Module:
         if args.get("torchvision"):
             return TorchvisionFCOS(num_classes, fpn_channels=args["fpn_channels"], **backbone)
         return FCOS(num_classes, original=args["original"], tower_bias=args.get("tower_bias"),
-                    fpn_channels=args["fpn_channels"], **backbone)
+                    group_norm=args.get("head_norm") != "none", fpn_channels=args["fpn_channels"], **backbone)
     if args["model"] == "fsaf":
         model_class = TorchvisionRetinaNet if args.get("torchvision") else FSAF
         return model_class(num_classes, joint=args["fsaf_branch"] == "both",

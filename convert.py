@@ -114,7 +114,8 @@ def fcos_from_mmdet(state: State, caffe: bool | None = None, original: bool | No
     """mmdetection's FCOS (2.x and 3.x), for `FCOS(..., caffe=caffe, original=original)`.
 
     caffe: style of the backbone. original: form of the detector. None: as in the published files, ResNets
-    have caffe style, ResNeXts do not, and the towers of the original form have no bias. Raises WeightsError.
+    have caffe style, ResNeXts do not, and the original form has no bias or no norm in its towers. Raises
+    WeightsError.
     """
     renamed = _rename_mmdet(state, 3, {"conv_cls": "cls_logits", "conv_reg": "ltrb",
                                        "conv_centerness": "centerness"})
@@ -124,9 +125,13 @@ def fcos_from_mmdet(state: State, caffe: bool | None = None, original: bool | No
         conv2 = renamed["backbone.layer1.0.conv2.weight"]
         caffe = conv2.shape[0] == conv2.shape[1]  # no groups: a ResNet
     if original is None:
-        original = "head.cls_tower.0.bias" not in renamed
+        original = _has_original_form(renamed)
     caffe_pixels = CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED
     return _with_pixels(renamed, caffe_pixels if caffe else TORCHVISION_PIXELS, bgr=caffe)
+
+
+def _has_original_form(state: State) -> bool:
+    return not {"head.cls_tower.0.bias", "head.cls_tower.1.weight"} <= set(state)
 
 
 def fsaf_from_mmdet(state: State, caffe: bool = False) -> State:
@@ -370,7 +375,7 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
         raise WeightsError(f"{path}: is {found.name} without a predictor (after surgery?): give the "
                            f"checkpoint from before the surgery, --init does it")
     if found.reader is fcos_from_mmdet:
-        original = options.get("original", not args["tower_bias"])
+        original = options.get("original", _has_original_form(state))
     args["original"] = original and found.reader in (fcos_from_mmdet, fcos_from_first_repository)
     count = len(state[found.scores + ".weight"])
     if found.scores == "predictor.cls_score":
@@ -437,10 +442,11 @@ def _args_from_tensors(state: State) -> dict:
     backbone = [name for name, architecture in ARCHITECTURES.items() if architecture == found]
     if not backbone:
         raise WeightsError(f"its backbone is none of {', '.join(ARCHITECTURES)} (blocks per stage: {blocks})")
-    lateral = state.get("fpn.lateral.0.weight")
+    lateral, is_fcos = state.get("fpn.lateral.0.weight"), "head.centerness.weight" in state
     return {"backbone": backbone[0], "caffe": bool((state["pixel_std"] == 1).all()),
             "fpn_channels": 256 if lateral is None else len(lateral),
-            "tower_bias": "head.cls_tower.0.bias" in state if "head.centerness.weight" in state else None,
+            "tower_bias": "head.cls_tower.0.bias" in state if is_fcos else None,
+            "head_norm": "none" if is_fcos and "head.cls_tower.1.weight" not in state else "group",
             "cosine": "predictor.cls_score.weight" in state and "predictor.cls_score.bias" not in state}
 
 

@@ -460,6 +460,7 @@ def main():
     if args.onnx and args.ckpt:
         print0(f"{args.ckpt}:")
         model, _ = load_model(args.ckpt, place.device, args.original, args.classes)
+        make_folder(out / "checkpoint")
         theirs = evaluate(model, dataset, place, out / "checkpoint", settings, **scoring)
         if theirs:  # on rank 0
             print0(f"AP {shown(metrics['AP'])} of {args.onnx}, {shown(theirs['AP'])} of {args.ckpt}")

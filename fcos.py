@@ -57,7 +57,8 @@ CAFFE_PIXELS_IMPROVED = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))
 class FCOSHead(nn.Module):
     """Two towers, shared by all levels, and three predictors (Sec. 3.2, Fig. 2).
 
-    tower_bias: whether the convolutions of the towers, each followed by a group norm, have a bias.
+    tower_bias: whether the convolutions of the towers have a bias. group_norm: whether a group norm follows
+    each of them.
 
     forward: L features (B, channels, H, W) -> class logits (B, P, C), ltrb (B, P, 4) >= 0 and centerness
     logits (B, P), float32. ltrb is in pixels in the original form, in strides of the point's level in the
@@ -65,10 +66,10 @@ class FCOSHead(nn.Module):
     """
 
     def __init__(self, num_classes: int, channels: int = 256, original: bool = False,
-                 tower_bias: bool = True):
+                 tower_bias: bool = True, group_norm: bool = True):
         super().__init__()
         self.num_classes, self.original = num_classes, original
-        self.cls_tower, self.box_tower = _tower(channels, tower_bias), _tower(channels, tower_bias)
+        self.cls_tower, self.box_tower = (_tower(channels, tower_bias, group_norm) for _ in range(2))
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
@@ -92,11 +93,11 @@ class FCOSHead(nn.Module):
                 flatten_predictions(centerness, 1).squeeze(-1))
 
 
-def _tower(channels: int, bias: bool) -> nn.Sequential:
+def _tower(channels: int, bias: bool, group_norm: bool) -> nn.Sequential:
     layers = []
     for _ in range(TOWER_CONVS):
         layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=bias),
-                   nn.GroupNorm(GROUP_NORM_GROUPS, channels), nn.ReLU()]
+                   nn.GroupNorm(GROUP_NORM_GROUPS, channels) if group_norm else nn.Identity(), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -229,7 +230,8 @@ class FCOS(nn.Module):
         caffe weights need.
     original: the form, see the table at the top of this file.
     fpn_channels: a multiple of GROUP_NORM_GROUPS.
-    tower_bias: see `FCOSHead`; None is mmdetection's choice, a bias in the improved form only.
+    group_norm: see `FCOSHead`; mmdetection's configs without "gn-head" have none.
+    tower_bias: see `FCOSHead`; None is mmdetection's choice, no bias in the original form with group norm.
     score_threshold, nms_threshold: for inference; None is the published value of the form.
 
     images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4)
@@ -242,19 +244,19 @@ class FCOS(nn.Module):
 
     def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
                  original: bool = False, norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
-                 tower_bias: bool | None = None, score_threshold: float = SCORE_THRESHOLD,
-                 nms_threshold: float | None = None):
+                 tower_bias: bool | None = None, group_norm: bool = True,
+                 score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):
         super().__init__()
         if nms_threshold is None:
             nms_threshold = NMS_THRESHOLD_ORIGINAL if original else NMS_THRESHOLD
         if tower_bias is None:
-            tower_bias = not original
+            tower_bias = not (original and group_norm)
         self.original = original
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.max_detections = MAX_DETECTIONS
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5", relu_before_p7=True)
-        self.head = FCOSHead(num_classes, fpn_channels, original, tower_bias)
+        self.head = FCOSHead(num_classes, fpn_channels, original, tower_bias, group_norm)
         pixels = TORCHVISION_PIXELS
         if caffe:
             pixels = CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED

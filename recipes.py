@@ -28,15 +28,18 @@ REFERENCE_BATCH = 16  # images per step of every published recipe; --lr and --sc
 # Steps at the reference batch, and the steps where the lr drops to a tenth (Detectron's model zoo).
 SCHEDULES = {"1x": (90_000, (60_000, 80_000)), "2x": (180_000, (120_000, 160_000)),
              "3x": (270_000, (210_000, 250_000)),  # detectron2's
+             # mmdetection's 12 and 24 epochs of 7330 steps, COCO without its empty images
+             "12e": (87_960, (58_640, 80_630)), "24e": (175_920, (117_280, 161_260)),
              "s1x": (130_000, (100_000, 120_000)),
              "tutorial": (7_500, (3_750, 5_000))}  # Detectron's: 60,000 steps of 2 images
 
 VERIFY_BELOW = 5000  # images, for --verify-images
 
 # ---- sources of values; `resolve` has their order
-DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "fsaf_branch": "free", "decouple": True,
-            "fpn": True, "cosine": False, "backbone": "resnet50", "caffe": False, "fpn_channels": 256,
-            "max_size": 1333, "train_split": "train2017", "val_split": "val2017", "drop_empty": False,
+DEFAULTS = {"model": "fcos", "data": "shapes", "original": False, "head_norm": "group",
+            "fsaf_branch": "free", "decouple": True, "fpn": True, "cosine": False, "backbone": "resnet50",
+            "caffe": False, "fpn_channels": 256, "max_size": 1333, "train_split": "train2017",
+            "val_split": "val2017", "drop_empty": False,
             "use_difficult": False, "generalized": False, "voc_split": 1, "pcb_weights": "resnet101",
             "schedule": "1x", "batch_size": REFERENCE_BATCH, "amp": "off", "loss_scale": "dynamic",
             "compile": False, "device": "auto", "seed": 0, "log_every": 20, "save_every": 1000, "keep": False,
@@ -146,6 +149,7 @@ def make_parser(default) -> Parser:
     model = parser.add_argument_group("model").add_argument
     model("--model", choices=RECIPES, help="default: fcos")
     model("--original", action="store_true", help="FCOS as first published, without the improvements")
+    model("--head-norm", choices=("group", "none"), help="FCOS: norm in the head (default: group)")
     model("--fsaf-branch", choices=("free", "anchor", "both"),
           help="FSAF's anchor-free branch (free, the default), RetinaNet's anchor-based one, or both")
     model("--fsaf-joint", action="store_const", dest="fsaf_branch", const="both", help="the joint form")
@@ -319,6 +323,7 @@ def _check(parser: Parser, args: argparse.Namespace):
             (args.model not in ("faster_rcnn", "defrcn") and not args.fpn,
              "--c4 is a form of Faster R-CNN: give --model faster_rcnn"),
             (args.model != "fcos" and args.original, "--original is a form of FCOS: give --model fcos"),
+            (args.model != "fcos" and args.head_norm != "group", "--head-norm belongs to --model fcos"),
             (args.model != "fsaf" and (args.fsaf_branch != "free" or ignore_scale is not None),
              "--fsaf-joint, --fsaf-branch and --ignore-scale belong to --model fsaf"),
             (args.fsaf_branch == "anchor" and ignore_scale != IGNORE_SCALE,

@@ -146,6 +146,15 @@ def mmdetection(key):
     return key
 
 
+def mmdetection_fcos(key):
+    key = re.sub(r"^head\.(cls|box)_tower\.(\d+)", lambda m: f"bbox_head.{m[1].replace('box', 'reg')}_convs."
+                                                             f"{int(m[2]) // 3}.conv", key)
+    key = re.sub(r"^head\.scales\.(\d)", r"bbox_head.scales.\1.scale", key)
+    for ours, theirs in (("cls_logits", "cls"), ("ltrb", "reg"), ("centerness", "centerness")):
+        key = key.replace(f"head.{ours}", f"bbox_head.conv_{theirs}")
+    return mmdetection(key)
+
+
 def as_theirs(model, name, bgr=True, exact_norm=False, batches=False):
     """The weights of one of our models as another code base would save them."""
     state = {}
@@ -227,6 +236,19 @@ def test_the_first_form_of_the_first_repository_is_asked_for(tmp_path):
     torch.save({"model": as_theirs(model, first_repository, exact_norm=True)}, tmp_path / "FCOS_R_50.pth")
     loaded, info = load_model(tmp_path / "FCOS_R_50.pth", original=True)
     assert info["args"]["original"] and info["args"]["tower_bias"]
+    assert_same_detections(model, loaded)
+
+
+def test_an_fcos_of_mmdetection_without_group_norm_has_the_original_form(tmp_path):
+    """The form of mmdetection's configs without "gn-head", which the Ascend port trains."""
+    torch.manual_seed(0)
+    model = filled(FCOS(7, caffe=True, original=True, group_norm=False, **BASIC))
+    theirs = {key: value.reshape(()) if ".scales." in key else value
+              for key, value in as_theirs(model, mmdetection_fcos, batches=True).items()}
+    assert not [key for key in theirs if ".gn." in key] and "bbox_head.cls_convs.3.conv.bias" in theirs
+    torch.save({"state_dict": theirs, "meta": {}}, tmp_path / "epoch_12.pth")
+    loaded, info = load_model(tmp_path / "epoch_12.pth")
+    assert info["args"]["original"] and info["args"]["head_norm"] == "none"
     assert_same_detections(model, loaded)
 
 

@@ -258,7 +258,8 @@ def test_a_file_scores_like_its_checkpoint_at_the_size_of_the_file(form, nms, in
     need_onnx()
     train_small(tmp_path / "run", "--model", form, "--max-steps", 40, "--batch-size", 4, "--lr", 0.02)
     # Larger than the images, which are 128 x 128: the group norm of FCOS sees the padding.
-    in_process(export.main, "--ckpt", "run/last.pth", "--size", 160, 192, "--out", "m.onnx", *["--nms"] * nms)
+    in_process(export.main, "--ckpt", "run/last.pth", "--size", 160, 192, "--out", "m.onnx",
+               *["--nms"] * nms)
     out = in_process(evaluate.main, "--onnx", "m.onnx", "--ckpt", "run/last.pth", "--workers", 0,
                      "--pictures", 0)
     assert "m.onnx: step 40, 8 classes; 16 images, short side 128, long side at most 128 px" in out
@@ -282,8 +283,7 @@ def test_a_file_scores_like_its_checkpoint_at_the_size_of_the_file(form, nms, in
 @pytest.mark.parametrize(("words", "message"), [
     (["--onnx", "no.onnx"], "error: no.onnx: there is no such file"),
     (["--onnx", "text.onnx"], "error: text.onnx: onnxruntime cannot read it ("),
-    (["--onnx", "m.onnx", "--pad-to", 64, 64],
-     "error: --pad-to does not go with --onnx: the file decides it"),
+    (["--onnx", "m.onnx", "--pad-to", 64, 64], "error: --pad-to does not go with --onnx: the file decides"),
     (["--onnx", "m.onnx", "--nms-threshold", 0.4], "error: --nms-threshold does not go with --onnx"),
 ])
 def test_a_file_that_cannot_be_scored_ends_in_one_line(mistake, tmp_path, words, message):
