@@ -216,16 +216,16 @@ def atomic_write(path: Path):
     that names the path; a file that was there before is then untouched. A folder, a device or a pipe at
     `path` is refused.
     """
-    path = Path(os.path.realpath(path))  # a link stays, and the file it leads to is replaced
-    if path.exists() and not path.is_file():
+    target = Path(os.path.realpath(path))  # a link stays, and the file it leads to is replaced
+    if target.exists() and not target.is_file():
         raise OSError(f"{path} is not a regular file: give another name to write to")
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = f"{error.__context__ or error}".splitlines()[0]
