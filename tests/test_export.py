@@ -253,10 +253,11 @@ def test_an_image_is_checked_at_the_size_at_which_it_is_scored(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "nms"), [("fcos", False), ("fsaf", True)])
-def test_a_file_scores_like_its_checkpoint_at_the_size_of_the_file(form, nms, in_process, tmp_path):
+@pytest.mark.parametrize(("form", "lr", "nms"), [("fcos", 0.02, False), ("fsaf", 0.002, True)])
+def test_a_file_scores_like_its_checkpoint_at_the_size_of_the_file(form, lr, nms, in_process, tmp_path):
     need_onnx()
-    train_small(tmp_path / "run", "--model", form, "--max-steps", 40, "--batch-size", 4, "--lr", 0.02)
+    # FSAF diverges with 0.02. Its scores are then 1.0, and rounding orders the ties.
+    train_small(tmp_path / "run", "--model", form, "--max-steps", 40, "--batch-size", 4, "--lr", lr)
     # Larger than the images, which are 128 x 128: the group norm of FCOS sees the padding.
     in_process(export.main, "--ckpt", "run/last.pth", "--size", 160, 192, "--out", "m.onnx",
                *["--nms"] * nms)
