@@ -34,6 +34,15 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
+def _intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Areas (...) float32 of the intersections of boxes whose shapes (..., 4) broadcast."""
+    width_height = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
+    # In place: with every anchor and every object, these are the largest tensors of the targets.
+    width_height -= torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    width_height.clamp_(min=0)
+    return width_height[..., 0] * width_height[..., 1]
+
+
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of every box of one set with every box of another.
 
@@ -41,10 +50,7 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Returns (..., N, M) in [0, 1]. The IoU of two boxes without area is 0.
     """
     boxes1, boxes2 = boxes1.float()[..., :, None, :], boxes2.float()[..., None, :, :]
-    corner1 = torch.maximum(boxes1[..., :2], boxes2[..., :2])
-    corner2 = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    width_height = (corner2 - corner1).clamp(min=0)
-    inter = width_height[..., 0] * width_height[..., 1]
+    inter = _intersection(boxes1, boxes2)
     union = box_area(boxes1) + box_area(boxes2) - inter
     return inter / union.clamp(min=1 / HUGE)  # 0 / 0 would set the overflow flag of some NPUs
 
@@ -176,10 +182,7 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gam
 def _intersection_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Areas of intersection and union of matched boxes (..., 4); the union is at least eps."""
     boxes1, boxes2 = boxes1.float(), boxes2.float()
-    corner1 = torch.maximum(boxes1[..., :2], boxes2[..., :2])
-    corner2 = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    width_height = (corner2 - corner1).clamp(min=0)
-    inter = width_height[..., 0] * width_height[..., 1]
+    inter = _intersection(boxes1, boxes2)
     return inter, (box_area(boxes1) + box_area(boxes2) - inter).clamp(min=eps)
 
 
