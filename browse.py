@@ -58,11 +58,11 @@ def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
 
 def draw_augmented(dataset: DetectionDataset, index: int, min_size: int, max_size: int,
                    augment: list[str]) -> Image.Image:
-    """One image as the first four epochs see it, with its boxes, in a row."""
+    """Four draws of one image, with its boxes, in a row."""
     samples = TrainSamples(dataset, [min_size], max_size, augment=tuple(augment))
     panels = []
-    for epoch in range(4):
-        sample = samples[epoch, index]
+    for draw in range(4):
+        sample = samples[4 * index + draw, index]
         image, zoom = enlarge(Image.fromarray(sample["image"]))
         canvas = ImageDraw.Draw(image)
         for box, label in zip(sample["boxes"] * zoom, sample["labels"].tolist()):

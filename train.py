@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 import fewshot
 from checkpoint import build_model, load_init
 from data import (
+    WINDOW,
     DataError,
     DetectionDataset,
     TrainBatchSampler,
@@ -311,7 +312,8 @@ def main():
     if args.stage:
         train_set, val_set, scoring = fewshot.prepare(args, checkpoint, train_set, val_set, place)
     indices = training_indices(args, train_set, val_set, place)
-    sampler = TrainBatchSampler(train_set, indices, args.batch_size, args.seed, rank, world, accumulate)
+    sampler = TrainBatchSampler(train_set, indices, args.batch_size, args.seed, rank, world, accumulate,
+                                window=1 if args.stage == "novel" else WINDOW)
     schedule = make_schedule(args, sampler.steps_per_epoch)
     shapes = input_shapes(args, train_set, device)
 
