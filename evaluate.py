@@ -89,7 +89,7 @@ class EvalSettings(NamedTuple):
 @torch.inference_mode()
 def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, settings: EvalSettings,
            decode: Callable | None = None) -> tuple[list[dict], dict[str, float]]:
-    """Detections of every image, in COCO result format.
+    """Detections of every image, in COCO result format with unrounded numbers, see `as_in_file`.
 
     decode: function from the outputs of the network and sizes to detections, by default the model's.
     Boxes are in pixels of the original images, category ids are those of `dataset`. Images are split over the
@@ -140,9 +140,6 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
     parts = gather_objects((seen, results), place.world)
     seen, results = (sum(lists, []) for lists in zip(*parts))
     assert sorted(seen) == list(range(len(dataset))), "every image must be scored exactly once"
-    # The order in the file depends on neither ranks nor batches.
-    index_of = dataset.index_of_image()
-    results.sort(key=lambda r: (index_of[r["image_id"]], -r["score"]))
     return results, milliseconds
 
 
@@ -156,8 +153,19 @@ def _coco_results(dataset: DetectionDataset, batch: dict, detections: list[dict]
         boxes[:, 2:] -= boxes[:, :2]
         for box, box_score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()):
             results.append({"image_id": batch["image_ids"][i], "category_id": dataset.category_ids[label],
-                            "bbox": [round(v, 3) for v in box], "score": round(box_score, 6)})
+                            "bbox": box, "score": box_score})
     return results
+
+
+def as_in_file(dataset: DetectionDataset, results: list[dict]) -> list[dict]:
+    """Results as detections.json has them: 0.001 px, scores of six decimals, by image, best score first.
+
+    The order depends on neither ranks nor batches.
+    """
+    index_of = dataset.index_of_image()
+    rounded = [{**result, "bbox": [round(v, 3) for v in result["bbox"]], "score": round(result["score"], 6)}
+               for result in results]
+    return sorted(rounded, key=lambda r: (index_of[r["image_id"]], -r["score"]))
 
 
 def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, out: Path,
@@ -168,19 +176,21 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     groups: groups of classes; the mean APs of each are added to the metrics. calibrate: changes the results;
     they are scored before and after. Every rank must call this; rank 0 returns the metrics, the others {}.
     """
-    uncalibrated, milliseconds = detect(model, dataset, place, settings)
-    results = calibrate(dataset, uncalibrated) if calibrate else uncalibrated
+    found, milliseconds = detect(model, dataset, place, settings)
+    calibrated = calibrate(dataset, found) if calibrate else found
     if place.rank > 0:
         return {}
+    results = as_in_file(dataset, calibrated)
     write_json(out / "detections.json", results)
     if not dataset.annotated:
         print0(f"{len(results)} detections in {out / 'detections.json'}; there are no annotations to score")
         return {}
-    metrics = _score_with_groups(dataset, uncalibrated, groups, calibrated=False)
     if calibrate:
+        before = _score_with_groups(dataset, as_in_file(dataset, found), groups, calibrated=False)
         print0("after the prototypical calibration:")
-        calibrated = _score_with_groups(dataset, results, groups, calibrated=True)
-        metrics = {**calibrated, "before_calibration": metrics}
+    metrics = _score_with_groups(dataset, results, groups, calibrated=bool(calibrate))
+    if calibrate:
+        metrics["before_calibration"] = before
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in milliseconds.items()}
     print0("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
@@ -368,6 +378,7 @@ def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
     """
     results, _ = detect(model, dataset, place, settings)
     if place.rank == 0:
+        results = as_in_file(dataset, results)
         write_json(out / "detections.json", results)
         write_json(out / "classes.json", {
             "categories": [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.names)],
@@ -397,6 +408,7 @@ def score_proposals(model: torch.nn.Module, dataset: DetectionDataset, place: Pl
     print0(f"at most {model.post_nms_top_k[1]} proposals per image")
     proposals, _ = detect(model, dataset, place, settings, best_proposals)
     if place.rank == 0:
+        proposals = as_in_file(dataset, proposals)
         write_json(out / "proposals_recall.json", proposal_recall(dataset, proposals))
 
 

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from data import DataError, DetectionDataset
+from evaluate import as_in_file
 from fewshot import Calibration, aggregate, aggregate_table, schedule
 from runtime import Place
 
@@ -76,7 +77,18 @@ def test_scores_of_novel_classes_meet_their_prototypes():
              for category, x, score in ((5, 0, 0.4), (5, 20, 0.9), (90, 20, 0.6), (5, 0, 0.05))]
     test = coloured(["a", "b"], boxes, [0, 1], [red, green])
     new = calibration(test, found)
-    # Cosines 1 and 0: 0.5 * 0.4 + 0.5 = 0.7 and 0.5 * 0.9 = 0.45; the others keep their scores.
-    assert [(r["category_id"], r["bbox"][0], r["score"]) for r in new] == [
-        (5, 0, 0.7), (90, 20, 0.6), (5, 20, 0.45), (5, 0, 0.05)]
     assert calibration(test, []) == []
+    # Cosines 1 and 0: 0.5 * 0.4 + 0.5 = 0.7 and 0.5 * 0.9 = 0.45; the others keep their scores.
+    new = [(r["category_id"], r["bbox"][0], r["score"]) for r in as_in_file(test, new)]
+    assert new == [(5, 0, 0.7), (90, 20, 0.6), (5, 20, 0.45), (5, 0, 0.05)]
+
+
+def test_scores_are_calibrated_before_they_are_rounded():
+    red, green = (200, 0, 0), (0, 200, 0)
+    boxes = [[0, 0, 10, 10], [20, 20, 30, 30]]
+    support = coloured(["a", "b"], boxes, [0, 1], [red, green])
+    calibration = Calibration(MeanColour(), support, ["a"], Place(torch.device("cpu")))
+    found = {"image_id": 7, "category_id": 5, "bbox": [0.0004, 0.0, 10.0004, 10.0], "score": 0.4000007}
+    assert calibration(support, [found])[0]["score"] == pytest.approx(0.70000035, abs=5e-8)
+    written, = as_in_file(support, [found])
+    assert written["bbox"] == [0.0, 0.0, 10.0, 10.0] and written["score"] == 0.400001

@@ -149,7 +149,7 @@ def test_voc_ap_by_hand():
     metrics = score(dataset, results)
     assert metrics["AP50_VOC"] == metrics["per_class_AP50_VOC"]["a"] == pytest.approx(34 / 45)
     assert metrics["AP50_VOC07"] == pytest.approx((4 + 2 + 12 / 5) / 11)
-    # At the six IoUs from 0.55 to 0.8 the last detection is wrong. At the three from 0.85 on the fourth is too.
+    # At the six IoUs from 0.55 to 0.8 the last detection is wrong, at the three from 0.85 on the fourth too.
     assert metrics["AP75_VOC07"] == pytest.approx((4 + 2) / 11)
     assert metrics["AP_VOC07"] == pytest.approx((8.4 + 6 * 6 + 3 * 4) / 11 / 10)
 
