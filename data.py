@@ -47,6 +47,10 @@ COCO_NOVEL = tuple("person,bicycle,car,motorcycle,airplane,bus,train,boat,bird,c
                    "bottle,chair,couch,potted plant,dining table,tv".split(","))
 VOC_CLASSES = tuple("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,"
                     "motorbike,person,pottedplant,sheep,sofa,train,tvmonitor".split(","))
+# VOC's novel classes in the three published splits. The official order of a split is base, then novel.
+VOC_NOVEL = {1: ("bird", "bus", "cow", "motorbike", "sofa"),
+             2: ("aeroplane", "bottle", "cow", "horse", "sofa"),
+             3: ("boat", "cat", "motorbike", "sheep", "sofa")}
 
 
 class DataError(UserError):

@@ -9,6 +9,7 @@ table over seeds, and converts a checkpoint to the classes of the novel stage:
 from runtime import (  # before torch: see the first lines of runtime.py
     Parser,
     Place,
+    blame,
     gather_objects,
     make_folder,
     print0,
@@ -19,24 +20,22 @@ from runtime import (  # before torch: see the first lines of runtime.py
 # isort: split
 import argparse
 import json
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from checkpoint import build_model, load_init, read_checkpoint, save_checkpoint
-from data import COCO_NOVEL, VOC_CLASSES, DataError, DetectionDataset
+from data import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL, DataError, DetectionDataset
 from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
+from layouts import default_splits
 from metrics import ClassGroups
 from runlog import Progress
 from shapes import Shapes, open_dataset
 from subsets import Subset, k_shot_subset, lists_folder, select_classes
 from weights import WeightsError, load_classifier
-
-VOC_NOVEL = {1: ("bird", "bus", "cow", "motorbike", "sofa"),
-             2: ("aeroplane", "bottle", "cow", "horse", "sofa"),
-             3: ("boat", "cat", "motorbike", "sheep", "sofa")}
-
 
 # ---------------------------------------------------------------------------------------------- schedules
 
@@ -171,11 +170,8 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
     `evaluate.evaluate`. Raises DataError and WeightsError.
     """
     novel = args.novel_classes = novel_names(train_set, args.voc_split, args.novel_classes)
-    if args.stage == "novel" and args.init and checkpoint["args"].get("stage") == "base":
-        seen = set(novel) & set(checkpoint["names"])
-        if seen:
-            raise DataError(f"{args.init} was trained on {', '.join(sorted(seen))} as base classes: they "
-                            f"cannot be novel (its own: {', '.join(checkpoint['args']['novel_classes'])})")
+    if args.stage == "novel" and args.init:
+        _check_base_classes(checkpoint, train_set.names, novel)
     names = stage_names(train_set.names, novel, args.stage, args.generalized)
     print0(f"{args.stage} stage: {', '.join(names)} (novel classes: {', '.join(novel)})")
     if val_set is not None:
@@ -191,6 +187,51 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
     return train_set, val_set, _scoring(vars(args), names, net, lambda: train_set, place)
 
 
+def _check_base_classes(checkpoint: dict, names: list[str], novel: list[str]):
+    """Raises DataError if a checkpoint of --init has seen novel classes, or if its classes are a wrong guess.
+
+    checkpoint: from `read_checkpoint`. names: all classes of the data.
+    """
+    path, stage, foreign = checkpoint["path"], checkpoint["args"].get("stage"), "format" in checkpoint
+    if foreign and checkpoint["names"] == list(COCO_NOVEL) and not set(COCO_NOVEL) <= set(names):
+        raise DataError(f"{path}: its 20 classes were taken for COCO's novel ones, which the data have not. "
+                        f"Name them with --voc-split or --classes")
+    seen = ", ".join(name for name in novel if name in checkpoint["names"])
+    if seen and foreign:
+        raise DataError(f"{path} has the novel classes {seen}: give the checkpoint of the base stage, from "
+                        f"before a surgery")
+    if seen and stage != "novel":
+        own = f" (its own: {', '.join(checkpoint['args']['novel_classes'])})" if stage else ""
+        raise DataError(f"{path} was trained on {seen} as base classes: they cannot be novel{own}")
+
+
+def calibrated_stage(trained: dict, names: list[str], path: str, args: argparse.Namespace) -> dict:
+    """Arguments of a novel stage for a DeFRCN of another code base, so that its results can be calibrated.
+
+    trained, names: arguments and classes of the checkpoint at `path`. args: of evaluate.py. A checkpoint of
+    --stage novel has its own. Raises DataError if there is nothing to calibrate, or not enough is known.
+    """
+    if trained["stage"] == "novel" and not args.shots:
+        return trained
+    if trained["stage"] or trained["model"] != "defrcn" or trained["data"] is not None:
+        raise DataError(f"{path}: --pcb-weights and --shots calibrate a DeFRCN of another code base, or one "
+                        f"of --stage novel, which knows its shots")
+    if not args.shots:
+        raise DataError(f"{path}: was not trained here, so --pcb-weights needs its shots: --shots K "
+                        f"--shot-seed N")
+    data = args.data or "."
+    split = args.train_split or (default_splits(data)[0] if not args.train_json else "")
+    source = open_dataset(data, split, args.train_json, args.train_images)
+    published = novel_names(source, args.voc_split or 1)
+    novel = [name for name in names if name in published]
+    if not novel:
+        raise DataError(f"{path}: none of its classes is novel ({', '.join(published)})")
+    return {**trained, "stage": "novel", "data": data, "train_split": split, "train_json": args.train_json,
+            "train_images": args.train_images, "shots": args.shots, "shot_seed": args.shot_seed,
+            "seed": args.shot_seed, "shot_lists": None, "novel_classes": novel,
+            "generalized": len(novel) < len(names), "pcb_weights": args.pcb_weights or "resnet101"}
+
+
 def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: str | None,
                        scored_on: str) -> dict:
     """`scoring` for `evaluate.evaluate` of a checkpoint of a few-shot stage.
@@ -200,8 +241,10 @@ def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: 
     """
     def shots():
         source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
-        return k_shot_subset(source, names, args["shots"], args["shot_seed"],
-                             lists_folder(args, source.voc), None)
+        subset = k_shot_subset(source, names, args["shots"], args["shot_seed"],
+                               lists_folder(args, source.voc), None)
+        print0("\n".join(subset.notes))
+        return subset
 
     net = _calibration_net(args, pcb_weights or args["pcb_weights"], required=bool(pcb_weights))
     return _scoring({**args, "data": scored_on}, names, net, shots, place)
@@ -246,50 +289,94 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
 # Runs that differ in one setting are in different rows.
 SETTING_KEYS = ("data", "novel", "model", "fpn", "backbone", "cosine", "decouple", "calibrated",
                 "generalized", "shots")
-TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")
+TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP_VOC07", "nAP50_VOC07", "nAP75_VOC07", "bAP", "bAP50", "bAP_VOC07",
+              "bAP50_VOC07", "AP")
 
 
-def aggregate(runs: list[dict]) -> list[dict]:
-    """Mean and 95 % confidence interval over seeds, one row per setting.
+class Run(NamedTuple):
+    """A fine-tuned detector in the table."""
+    name: str
+    setting: dict  # of SETTING_KEYS
+    seed: int
+    shot_seed: int  # number of its list of shots
+    scores: dict  # of TABLE_KEYS; None for a measure that it has not
 
-    runs: contents of metrics.json files. The interval is 1.96 standard deviations (of the population, as TFA
-    computes it) over the square root of the number of runs. Raises DataError for a run without few-shot
-    scores, and for two runs of a setting with the same seed.
+
+def read_run(name: str, metrics) -> Run:
+    """The few-shot scores of a run. metrics: content of metrics.json. Raises DataError that names the run."""
+    few_shot = metrics.get("few_shot") if isinstance(metrics, dict) else None
+    if not isinstance(few_shot, dict) or few_shot.get("stage") != "novel":
+        raise DataError(f"{name}: has no scores of --stage novel, so there is nothing to aggregate")
+    with blame(name, DataError, "not the scores of a few-shot run"):
+        setting = {key: few_shot.get(key, False) for key in SETTING_KEYS}
+        scores = {key: metrics["AP"] if key == "AP" else few_shot.get(key) for key in TABLE_KEYS}
+        run = Run(name, setting, few_shot["seed"], few_shot.get("shot_seed", few_shot["seed"]), scores)
+        texts = [setting["data"], setting["model"], setting["backbone"], *setting["novel"]]
+        numbers = [*(setting["decouple"] or ()), *(value for value in scores.values() if value is not None)]
+        if not (all(isinstance(text, str) for text in texts) and len(setting["decouple"] or "12") == 2
+                and all(isinstance(number, (int, float)) for number in numbers)
+                and all(type(number) is int for number in (run.seed, run.shot_seed, setting["shots"]))):
+            raise ValueError("an entry has an impossible value")
+    return run
+
+
+def aggregate(runs: list[Run]) -> list[dict]:
+    """Mean and 95 % confidence interval over seeds, one row per setting and protocol.
+
+    "lists" of a row is "own" if every run has the list of shots of its own seed, else the number of the list
+    that all its runs have. The interval is 1.96 standard deviations (of the population, as TFA computes it)
+    over the square root of the number of runs; None for a single run. Raises DataError for two runs of a row
+    with the same seed.
     """
     runs_of = {}
     for run in runs:
-        if not isinstance(run, dict) or run.get("few_shot", {}).get("stage") != "novel":
-            raise DataError("a run has no scores of --stage novel: there is nothing to aggregate")
-        *words, shots = (run["few_shot"].get(key, False) for key in SETTING_KEYS)
+        *words, shots = run.setting.values()
         runs_of.setdefault((*map(str, words), shots), []).append(run)
     rows = []
     for _, members in sorted(runs_of.items()):
-        row = {key: members[0]["few_shot"].get(key, False) for key in SETTING_KEYS}
-        row["seeds"] = sorted(m["few_shot"]["seed"] for m in members)
-        if len(set(row["seeds"])) < len(members):
-            raise DataError(f"several runs of {row['model']} with {row['shots']} shots have the same seed: "
-                            f"{row['seeds']}")
-        for key in TABLE_KEYS:
-            values = [m["few_shot"].get(key) if key != "AP" else m["AP"] for m in members]
-            if None not in values:
-                row[key] = [float(np.mean(values)), float(1.96 * np.std(values) / np.sqrt(len(values)))]
-        rows.append(row)
+        for lists, part in _by_lists(members):
+            for one, other in combinations(part, 2):
+                if (one.seed, one.shot_seed) == (other.seed, other.shot_seed):
+                    raise DataError(f"{one.name} and {other.name} have the same setting and seed, {one.seed}")
+            row = {**part[0].setting, "lists": lists, "seeds": sorted(run.seed for run in part)}
+            for key in TABLE_KEYS:
+                values = [run.scores[key] for run in part]
+                if None not in values:
+                    interval = float(1.96 * np.std(values) / np.sqrt(len(values)))
+                    row[key] = [float(np.mean(values)), interval if len(values) > 1 else None]
+            rows.append(row)
     return rows
+
+
+def _by_lists(runs: list[Run]) -> list[tuple]:
+    """The runs of a setting by protocol: ("own" or the number of a list of shots, runs).
+
+    A run whose seed is also the number of its list belongs to both protocols.
+    """
+    numbers = sorted({run.shot_seed for run in runs if run.seed != run.shot_seed})
+    own = [run for run in runs if run.seed == run.shot_seed]
+    parts = [(number, [run for run in runs if run.shot_seed == number]) for number in numbers]
+    has_own = any(run.shot_seed not in numbers for run in own)  # else they are only a part of the others
+    return [("own", own), *parts] if has_own else parts
 
 
 def aggregate_table(rows: list[dict]) -> str:
     """The rows of `aggregate` as text, in percent."""
     keys = [key for key in TABLE_KEYS if any(key in row for row in rows)]
-    lines = [f"{'data':16} {'novel':20} {'model':12} {'scales':8} {'setting':7} shots runs  "
-             + "  ".join(f"{key:>13}" for key in keys)]
+    lines = [f"{'data':16} {'novel':20} {'model':12} {'scales':8} {'calibrated':10} {'setting':7} lists "
+             "shots runs  " + "  ".join(f"{key:>13}" for key in keys)]
     for row in rows:
-        cells = [f"{100 * row[key][0]:6.2f} ± {100 * row[key][1]:4.2f}" if key in row else "" for key in keys]
+        cells = [_cell(*row[key]) if key in row else "" for key in keys]
         setting = "gFSOD" if row["generalized"] else "FSOD"
         scales = "{:g}, {:g}".format(*row["decouple"]) if row["decouple"] else "none"
         lines.append(f"{row['data'][-16:]:16} {','.join(row['novel'])[:20]:20} {row['model']:12} {scales:8} "
-                     f"{setting:7} {row['shots']:5} {len(row['seeds']):4}  "
-                     + "  ".join(f"{cell:>13}" for cell in cells))
+                     f"{'yes' if row['calibrated'] else 'no':10} {setting:7} {row['lists']!s:>5} "
+                     f"{row['shots']:5} {len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(mean: float, interval: float | None) -> str:
+    return f"{100 * mean:6.2f}" + (" " * 7 if interval is None else f" ± {100 * interval:4.2f}")
 
 
 # ---------------------------------------------------------------------------------------------- script
@@ -307,11 +394,12 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 
 def convert_checkpoint(args: argparse.Namespace):
     """Writes a checkpoint from which a novel stage can start: its predictor has their classes ("surgery")."""
-    checkpoint = read_checkpoint(args.init)
+    dataset = open_dataset(args.data, args.split, args.json, args.image_dir)
+    voc_split = args.voc_split if dataset.voc else None
+    checkpoint = read_checkpoint(args.init, False, None, voc_split)
     if checkpoint["args"]["model"] not in ("defrcn", "faster_rcnn"):
         raise WeightsError(f"{args.init}: is a checkpoint of --model {checkpoint['args']['model']}; few-shot "
                            f"stages belong to defrcn and faster_rcnn")
-    dataset = open_dataset(args.data, args.split, args.json, args.image_dir)
     novel = novel_names(dataset, args.voc_split, args.novel_classes)
     names = stage_names(dataset.names, novel, "novel", args.generalized)
     settings = {**checkpoint["args"], "stage": "novel", "shots": None, "generalized": args.generalized,
@@ -336,7 +424,7 @@ def read_metrics(folder: Path) -> dict:
 
 def aggregate_runs(args: argparse.Namespace):
     """Prints the table of runs, and writes it to --out."""
-    rows = aggregate([read_metrics(folder) for folder in args.runs])
+    rows = aggregate([read_run(str(folder), read_metrics(folder)) for folder in args.runs])
     print(aggregate_table(rows))
     if args.out:
         make_folder(args.out)
