@@ -12,7 +12,14 @@ from torch import nn
 
 from convert import TorchvisionFasterRCNN, TorchvisionFCOS, TorchvisionRetinaNet, convert_detector
 from data import check_names
-from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN, FineTuningPredictor, transfer_class_rows
+from defrcn import (
+    CLS_DROPOUT,
+    COSINE_SCALE,
+    ROI_GRAD_SCALE_BASE,
+    DeFRCN,
+    FineTuningPredictor,
+    transfer_class_rows,
+)
 from faster_rcnn import FasterRCNN, Predictor
 from fcos import FCOS
 from fsaf import FSAF
@@ -21,8 +28,10 @@ from weights import WeightsError, extract_state_dict, read_file, refuse_nonfinit
 
 # Arguments that define the architecture. They come from the checkpoint unless given on the command line.
 MODEL_ARGS = ("model", "backbone", "fpn", "fpn_channels", "caffe", "original", "tower_bias", "head_norm",
-              "torchvision", "fsaf_branch", "ignore_scale", "decouple", "cosine", "pool_size", "roi_samples",
-              "proposals")
+              "torchvision", "fsaf_branch", "ignore_scale", "decouple", "cosine", "cosine_scale", "pool_size",
+              "roi_samples", "proposals")
+# Arguments of the few-shot stages that older checkpoints do not have. None is the published value.
+ABLATION_ARGS = ("train_only", "cls_dropout", "cosine_scale", "pcb_alpha", "pcb_window")
 # What the arguments in a checkpoint must be for a model to be built and scored. None means: not used.
 ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", "train_split", "val_split",
                             "train_json", "train_images", "val_json", "val_images", "stage", "pcb_weights",
@@ -30,8 +39,9 @@ ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", 
              "whole number": (int, ("freeze_at", "fpn_channels", "max_size", "roi_samples", "pool_size",
                                     "shots", "shot_seed", "original", "fpn", "caffe", "decouple", "cosine",
                                     "generalized")),
-             "number": ((int, float), ("ignore_scale", "rpn_grad_scale", "roi_grad_scale")),
-             "list": (list, ("min_size", "pad_to", "proposals", "novel_classes"))}
+             "number": ((int, float), ("ignore_scale", "rpn_grad_scale", "roi_grad_scale", "cls_dropout",
+                                       "cosine_scale", "pcb_alpha")),
+             "list": (list, ("min_size", "pad_to", "proposals", "novel_classes", "train_only", "pcb_window"))}
 CLASS_LAYERS = ("head.cls_logits.", "head.anchor_logits.", "predictor.")  # their shape depends on the classes
 
 
@@ -52,17 +62,20 @@ def build_model(args: dict, num_classes: int) -> nn.Module:
                            fpn_channels=args["fpn_channels"], **backbone)
     two_stage = {"pool_size": args["pool_size"], "roi_samples": args["roi_samples"],
                  "post_nms_top_k": args["proposals"], **backbone}
+    cosine = {"cosine": args["cosine"], "cosine_scale": args.get("cosine_scale") or COSINE_SCALE}
     if args["model"] == "faster_rcnn":
-        predictor = partial(FineTuningPredictor, cosine=True) if args["cosine"] else Predictor
+        predictor = partial(FineTuningPredictor, **cosine) if args["cosine"] else Predictor
         model_class = TorchvisionFasterRCNN if args.get("torchvision") else FasterRCNN
         return model_class(num_classes, fpn=args["fpn"], fpn_channels=args["fpn_channels"],
                            predictor=predictor, **two_stage)
     fine_tuning = args["stage"] == "novel"
-    roi_grad_scale = args["roi_grad_scale"]
+    roi_grad_scale, cls_dropout = args["roi_grad_scale"], args.get("cls_dropout")
+    if cls_dropout is None:
+        cls_dropout = CLS_DROPOUT if fine_tuning and not args["cosine"] else 0.0
     return DeFRCN(num_classes, decouple=args["decouple"], rpn_grad_scale=args["rpn_grad_scale"],
                   roi_grad_scale=ROI_GRAD_SCALE_BASE if roi_grad_scale is None else roi_grad_scale,
-                  freeze_res5=fine_tuning, cosine=args["cosine"],
-                  cls_dropout=CLS_DROPOUT if fine_tuning and not args["cosine"] else 0.0, **two_stage)
+                  freeze_res5=fine_tuning and "res5" not in (args.get("train_only") or ()),
+                  cls_dropout=cls_dropout, **cosine, **two_stage)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", original: bool = False,
@@ -127,9 +140,11 @@ def _own_checkpoint(path: str | Path, content: dict) -> dict:
     if missing:
         raise WeightsError(f"{path}: not a complete checkpoint of train.py, it lacks "
                            f"{', '.join(sorted(missing))}")
-    if isinstance(content["args"], dict) and content["args"].get("model") == "faster_rcnn":
-        content["args"] = {"fpn": False, **content["args"]}  # older checkpoints are of C4 and do not say so
     with blame(path, WeightsError, "not a checkpoint of train.py"):
+        older = dict.fromkeys(ABLATION_ARGS)
+        if content["args"].get("model") == "faster_rcnn":
+            older["fpn"] = False  # older checkpoints are of C4 and do not say so
+        content["args"] = {**older, **content["args"]}
         _check_schema(content, path)
     return {**content, "notes": [], "named": True}
 

@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoint import build_model, load_init, read_checkpoint, save_checkpoint
+from checkpoint import ABLATION_ARGS, build_model, load_init, read_checkpoint, save_checkpoint
 from data import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL, DataError, DetectionDataset
-from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
+from defrcn import CALIBRATION_ALPHA, CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
 from layouts import default_splits
 from metrics import ClassGroups
 from runlog import Progress
@@ -108,11 +108,12 @@ class Calibration:
     `evaluate.evaluate` calls it between detecting and scoring. detections.json, the metrics and the drawings
     have the calibrated scores; metrics.json keeps the metrics before it under "before_calibration".
     net: (image, boxes) -> features, see `defrcn.CalibrationNet`; it runs on all shots at once here. support:
-    the shots. novel: names of the classes that are calibrated.
+    the shots. novel: names of the classes that are calibrated. alpha, window: see `defrcn.calibrate`.
     """
 
-    def __init__(self, net: torch.nn.Module, support: DetectionDataset, novel: list[str], place: Place):
-        self.net, self.place = net.to(place.device), place
+    def __init__(self, net: torch.nn.Module, support: DetectionDataset, novel: list[str], place: Place,
+                 alpha: float = CALIBRATION_ALPHA, window: tuple[float, float] = CALIBRATION_WINDOW):
+        self.net, self.place, self.alpha, self.window = net.to(place.device), place, alpha, tuple(window)
         # DIFFERS: the official code sends the boxes of the shots through the detector's resizing and back,
         # with one ratio for both axes. That moves them by up to 0.1 %. Here they keep their place.
         features, labels = [], []
@@ -137,7 +138,7 @@ class Calibration:
         Images are split over the ranks; every rank returns all results.
         """
         label_of, index_of = dataset.label_of_category(), dataset.index_of_image()
-        low, high = CALIBRATION_WINDOW
+        low, high = self.window
         unchanged, found_in = [], {}
         for result in results:
             if low < result["score"] <= high:
@@ -154,7 +155,8 @@ class Calibration:
             features = self._features(dataset, index_of[image_id], boxes)
             labels = torch.tensor([label_of[result["category_id"]] for result in found], device=device)
             scores = torch.tensor([result["score"] for result in found], device=device)
-            scores = calibrate(scores, labels, features, self.prototypes, self.excluded)
+            scores = calibrate(scores, labels, features, self.prototypes, self.excluded, self.alpha,
+                               self.window)
             changed += [{**result, "score": score} for result, score in zip(found, scores.tolist())]
         return unchanged + sum(gather_objects(changed, self.place.world), [])
 
@@ -229,7 +231,8 @@ def calibrated_stage(trained: dict, names: list[str], path: str, args: argparse.
     return {**trained, "stage": "novel", "data": data, "train_split": split, "train_json": args.train_json,
             "train_images": args.train_images, "shots": args.shots, "shot_seed": args.shot_seed,
             "seed": args.shot_seed, "shot_lists": None, "novel_classes": novel,
-            "generalized": len(novel) < len(names), "pcb_weights": args.pcb_weights or "resnet101"}
+            "generalized": len(novel) < len(names), "pcb_weights": args.pcb_weights or "resnet101",
+            **dict.fromkeys(ABLATION_ARGS)}
 
 
 def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: str | None,
@@ -273,13 +276,16 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
     novel = args["novel_classes"]
     info = {"novel": novel, "fpn": args.get("fpn", False) and args["model"] == "faster_rcnn",
             "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
+            **{key: args[key] for key in ABLATION_ARGS if args[key] is not None},
             **{key: args[key] for key in ("stage", "data", "model", "backbone", "cosine", "shots", "seed",
                                           "shot_seed", "generalized")}}
     members = {"n": [name for name in names if name in novel],
                "b": [name for name in names if name not in novel]}
 
     def calibrate_results(dataset: DetectionDataset, results: list[dict]) -> list[dict]:
-        return Calibration(net, shots(), novel, place)(dataset, results)
+        alpha = CALIBRATION_ALPHA if args["pcb_alpha"] is None else args["pcb_alpha"]
+        window = args["pcb_window"] or CALIBRATION_WINDOW
+        return Calibration(net, shots(), novel, place, alpha, window)(dataset, results)
 
     return {"groups": ClassGroups("few_shot", info, members), "calibrate": calibrate_results if net else None}
 
@@ -287,8 +293,8 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
 # ---------------------------------------------------------------------------------------------- table
 
 # Runs that differ in one setting are in different rows.
-SETTING_KEYS = ("data", "novel", "model", "fpn", "backbone", "cosine", "decouple", "calibrated",
-                "generalized", "shots")
+SETTING_KEYS = ("data", "novel", "model", "fpn", "backbone", "cosine", "decouple", *ABLATION_ARGS,
+                "calibrated", "generalized", "shots")
 TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP_VOC07", "nAP50_VOC07", "nAP75_VOC07", "bAP", "bAP50", "bAP_VOC07",
               "bAP50_VOC07", "AP")
 
@@ -371,7 +377,8 @@ def aggregate_table(rows: list[dict]) -> str:
         scales = "{:g}, {:g}".format(*row["decouple"]) if row["decouple"] else "none"
         lines.append(f"{row['data'][-16:]:16} {','.join(row['novel'])[:20]:20} {row['model']:12} {scales:8} "
                      f"{'yes' if row['calibrated'] else 'no':10} {setting:7} {row['lists']!s:>5} "
-                     f"{row['shots']:5} {len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells))
+                     f"{row['shots']:5} {len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells)
+                     + "".join(f"  {key} {row[key]}" for key in ABLATION_ARGS if row[key] is not False))
     return "\n".join(lines)
 
 

@@ -15,7 +15,14 @@ from augment import AUGMENTATIONS
 from backbone import ARCHITECTURES
 from checkpoint import MODEL_ARGS, read_checkpoint
 from data import MAX_WORKERS
-from defrcn import POOL_SIZE, ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL, ROI_GRAD_SCALE_VOC, RPN_GRAD_SCALE
+from defrcn import (
+    PARTS,
+    POOL_SIZE,
+    ROI_GRAD_SCALE_BASE,
+    ROI_GRAD_SCALE_NOVEL,
+    ROI_GRAD_SCALE_VOC,
+    RPN_GRAD_SCALE,
+)
 from faster_rcnn import POOL_SIZE as POOL_SIZE_FPN
 from faster_rcnn import POOL_SIZE_C4, POST_NMS_TOP_K, POST_NMS_TOP_K_C4, ROI_SAMPLES
 from fewshot import add_class_arguments
@@ -205,6 +212,13 @@ def make_parser(default) -> Parser:
     add_class_arguments(few)
     few.add_argument("--shot-lists", type=Path, help="folder of published lists, or none to sample shots")
     few.add_argument("--pcb-weights", help="ResNet-101 of the calibration: none, a file, or resnet101")
+    few.add_argument("--pcb-alpha", type=float, help="weight of the detector's score in it (default: 0.5)")
+    few.add_argument("--pcb-window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                     help="scores that it changes (default: 0.05 1)")
+    few.add_argument("--train-only", nargs="+", choices=tuple(PARTS), metavar="PART",
+                     help=f"only these parts train: {', '.join(PARTS)} (TFA: predictor)")
+    few.add_argument("--cls-dropout", type=float, help="before DeFRCN's classifier (default: 0.8, base: 0)")
+    few.add_argument("--cosine-scale", type=float, help="factor of the cosines of --cosine (default: 20)")
     _add_run_arguments(parser)
     return parser
 
@@ -302,10 +316,11 @@ def recipe_table(args: argparse.Namespace, sources: dict) -> str:
 
 # Arguments that must not be negative, and arguments that must be positive. One that is not used is None.
 NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "warmup_factor",
-                "pictures", "skip_broken", "rpn_grad_scale", "roi_grad_scale")
+                "pictures", "skip_broken", "rpn_grad_scale", "roi_grad_scale", "pcb_alpha", "pcb_window",
+                "cls_dropout")
 POSITIVE = ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
             "max_steps", "epochs", "eval_every", "shots", "roi_samples", "pool_size", "min_size", "pad_to",
-            "proposals")
+            "proposals", "cosine_scale")
 
 
 def _check(parser: Parser, args: argparse.Namespace):
@@ -335,8 +350,12 @@ def _check(parser: Parser, args: argparse.Namespace):
             (novel != bool(args.shots), "--stage novel and --shots K belong together"),
             (novel and not (args.init or args.resume),
              "--stage novel fine-tunes: give the base stage's checkpoint with --init"),
-            (args.model == "faster_rcnn" and args.rpn_grad_scale is not None,
-             "--rpn-grad-scale belongs to --model defrcn"),
+            (args.model == "faster_rcnn" and (args.rpn_grad_scale, args.cls_dropout) != (None, None),
+             "--rpn-grad-scale and --cls-dropout belong to --model defrcn"),
+            (args.cosine_scale and not args.cosine, "--cosine-scale belongs to --cosine"),
+            (args.train_only and not novel, "--train-only belongs to --stage novel"),
+            (max(args.pcb_alpha or 0, args.cls_dropout or 0, *(args.pcb_window or [0])) > 1,
+             "--pcb-alpha, --pcb-window and --cls-dropout are at most 1"),
             (args.model not in ("faster_rcnn", "defrcn") and not args.fpn,
              "--c4 is a form of Faster R-CNN: give --model faster_rcnn"),
             (args.model != "fcos" and args.original, "--original is a form of FCOS: give --model fcos"),

@@ -105,6 +105,17 @@ def test_scores_of_novel_classes_meet_their_prototypes():
     assert new == [(5, 0, 0.7), (90, 20, 0.6), (5, 20, 0.45), (5, 0, 0.05)]
 
 
+def test_weight_and_window_of_the_calibration():
+    red, green = (200, 0, 0), (0, 200, 0)
+    boxes = [[0, 0, 10, 10], [20, 20, 30, 30]]
+    support = coloured(["a", "b"], boxes, [0, 1], [red, green])
+    calibration = Calibration(MeanColour(), support, ["a"], Place(torch.device("cpu")), 0.25, (0.3, 0.5))
+    found = [{"image_id": 7, "category_id": 5, "bbox": [0, 0, 10, 10], "score": score}
+             for score in (0.4, 0.6, 0.2)]
+    scores = [result["score"] for result in as_in_file(support, calibration(support, found))]
+    assert scores == [0.85, 0.6, 0.2]  # 0.25 * 0.4 + 0.75; the others lie outside the window
+
+
 def test_scores_are_calibrated_before_they_are_rounded():
     red, green = (200, 0, 0), (0, 200, 0)
     boxes = [[0, 0, 10, 10], [20, 20, 30, 30]]

@@ -93,6 +93,20 @@ def test_generalized_fine_tuning_scores_base_and_novel_classes(base, script, tmp
             == json.loads((run / "metrics.json").read_text())["few_shot"])
 
 
+def test_an_ablation_trains_what_it_names_and_is_in_the_scores(base, in_process, tmp_path):
+    in_process(train.main, *TINY[1:], "--stage", "novel", "--shots", 1, "--init", base, "--train-only",
+               "predictor", "--cls-dropout", 0.5, "--max-steps", 2, "--pictures", 0, "--out", "a")
+    before, after = (torch.load(path, weights_only=True)["model"] for path in (base, tmp_path / "a/last.pth"))
+    changed = {key for key in after if key in before and after[key].shape == before[key].shape
+               and not torch.equal(after[key], before[key])}
+    assert all(key.startswith("predictor.") for key in changed)
+    few_shot = json.loads((tmp_path / "a" / "metrics.json").read_text())["few_shot"]
+    assert few_shot["train_only"] == ["predictor"] and few_shot["cls_dropout"] == 0.5
+    assert "pcb_alpha" not in few_shot
+    out = in_process(fewshot.main, "aggregate", "a")
+    assert "train_only ['predictor']  cls_dropout 0.5" in out
+
+
 class MeanColour(torch.nn.Module):
     """Stands in for the ImageNet classifier: the mean colour inside a box describes it."""
 
@@ -138,6 +152,9 @@ def test_a_foreign_checkpoint_is_calibrated_with_the_shots_that_are_named(in_pro
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--model", "fcos", "--stage", "base"], "belong to --model defrcn or faster_rcnn"),
+    (["--train-only", "predictor"], "--train-only belongs to --stage novel"),
+    (["--cosine-scale", "5"], "--cosine-scale belongs to --cosine"),
+    (["--pcb-alpha", "1.5"], "at most 1"),
     (["--roi-grad-scale", "nan"], "--roi-grad-scale must not be negative"),
     (["--stage", "novel", "--shots", "1", "--init", "BASE", "--novel-classes", "disc"],
      "was trained on disc as base classes"),
