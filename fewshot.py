@@ -1,28 +1,25 @@
-"""Few-shot runs: base and novel classes, published schedules, calibration of results, the table over seeds.
+"""Few-shot runs: base and novel classes, published schedules, calibration of results.
 
-Classes are named, never numbered. The lists of K shots are in subsets.py. As a script this file makes the
-table over seeds, and converts a checkpoint to the classes of the novel stage:
+Classes are named, never numbered. The lists of K shots are in subsets.py. As a script this file runs the
+protocol and makes the table over seeds (protocol.py), and converts a checkpoint to the classes of the novel
+stage:
 
+    python fewshot.py run --base runs/defrcn_base/last.pth --shots 1 10 --seeds 0-9
     python fewshot.py aggregate runs/defrcn_novel_*
     python fewshot.py convert --init runs/defrcn_base/last.pth --out novel_init.pth
 """
 from runtime import (  # before torch: see the first lines of runtime.py
     Parser,
     Place,
-    blame,
     gather_objects,
     make_folder,
     print0,
     run_main,
-    write_json,
 )
 
 # isort: split
 import argparse
-import json
-from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +29,7 @@ from data import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL, DataError, DetectionDataset
 from defrcn import CALIBRATION_ALPHA, CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
 from layouts import default_splits
 from metrics import ClassGroups
+from protocol import add_run_arguments, aggregate_runs, run_protocol
 from runlog import Progress
 from shapes import Shapes, open_dataset
 from subsets import Subset, k_shot_subset, lists_folder, select_classes
@@ -290,102 +288,6 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
     return {"groups": ClassGroups("few_shot", info, members), "calibrate": calibrate_results if net else None}
 
 
-# ---------------------------------------------------------------------------------------------- table
-
-# Runs that differ in one setting are in different rows.
-SETTING_KEYS = ("data", "novel", "model", "fpn", "backbone", "cosine", "decouple", *ABLATION_ARGS,
-                "calibrated", "generalized", "shots")
-TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP_VOC07", "nAP50_VOC07", "nAP75_VOC07", "bAP", "bAP50", "bAP_VOC07",
-              "bAP50_VOC07", "AP")
-
-
-class Run(NamedTuple):
-    """A fine-tuned detector in the table."""
-    name: str
-    setting: dict  # of SETTING_KEYS
-    seed: int
-    shot_seed: int  # number of its list of shots
-    scores: dict  # of TABLE_KEYS; None for a measure that it has not
-
-
-def read_run(name: str, metrics) -> Run:
-    """The few-shot scores of a run. metrics: content of metrics.json. Raises DataError that names the run."""
-    few_shot = metrics.get("few_shot") if isinstance(metrics, dict) else None
-    if not isinstance(few_shot, dict) or few_shot.get("stage") != "novel":
-        raise DataError(f"{name}: has no scores of --stage novel, so there is nothing to aggregate")
-    with blame(name, DataError, "not the scores of a few-shot run"):
-        setting = {key: few_shot.get(key, False) for key in SETTING_KEYS}
-        scores = {key: metrics["AP"] if key == "AP" else few_shot.get(key) for key in TABLE_KEYS}
-        run = Run(name, setting, few_shot["seed"], few_shot.get("shot_seed", few_shot["seed"]), scores)
-        texts = [setting["data"], setting["model"], setting["backbone"], *setting["novel"]]
-        numbers = [*(setting["decouple"] or ()), *(value for value in scores.values() if value is not None)]
-        if not (all(isinstance(text, str) for text in texts) and len(setting["decouple"] or "12") == 2
-                and all(isinstance(number, (int, float)) for number in numbers)
-                and all(type(number) is int for number in (run.seed, run.shot_seed, setting["shots"]))):
-            raise ValueError("an entry has an impossible value")
-    return run
-
-
-def aggregate(runs: list[Run]) -> list[dict]:
-    """Mean and 95 % confidence interval over seeds, one row per setting and protocol.
-
-    "lists" of a row is "own" if every run has the list of shots of its own seed, else the number of the list
-    that all its runs have. The interval is 1.96 standard deviations (of the population, as TFA computes it)
-    over the square root of the number of runs; None for a single run. Raises DataError for two runs of a row
-    with the same seed.
-    """
-    runs_of = {}
-    for run in runs:
-        *words, shots = run.setting.values()
-        runs_of.setdefault((*map(str, words), shots), []).append(run)
-    rows = []
-    for _, members in sorted(runs_of.items()):
-        for lists, part in _by_lists(members):
-            for one, other in combinations(part, 2):
-                if (one.seed, one.shot_seed) == (other.seed, other.shot_seed):
-                    raise DataError(f"{one.name} and {other.name} have the same setting and seed, {one.seed}")
-            row = {**part[0].setting, "lists": lists, "seeds": sorted(run.seed for run in part)}
-            for key in TABLE_KEYS:
-                values = [run.scores[key] for run in part]
-                if None not in values:
-                    interval = float(1.96 * np.std(values) / np.sqrt(len(values)))
-                    row[key] = [float(np.mean(values)), interval if len(values) > 1 else None]
-            rows.append(row)
-    return rows
-
-
-def _by_lists(runs: list[Run]) -> list[tuple]:
-    """The runs of a setting by protocol: ("own" or the number of a list of shots, runs).
-
-    A run whose seed is also the number of its list belongs to both protocols.
-    """
-    numbers = sorted({run.shot_seed for run in runs if run.seed != run.shot_seed})
-    own = [run for run in runs if run.seed == run.shot_seed]
-    parts = [(number, [run for run in runs if run.shot_seed == number]) for number in numbers]
-    has_own = any(run.shot_seed not in numbers for run in own)  # else they are only a part of the others
-    return [("own", own), *parts] if has_own else parts
-
-
-def aggregate_table(rows: list[dict]) -> str:
-    """The rows of `aggregate` as text, in percent."""
-    keys = [key for key in TABLE_KEYS if any(key in row for row in rows)]
-    lines = [f"{'data':16} {'novel':20} {'model':12} {'scales':8} {'calibrated':10} {'setting':7} lists "
-             "shots runs  " + "  ".join(f"{key:>13}" for key in keys)]
-    for row in rows:
-        cells = [_cell(*row[key]) if key in row else "" for key in keys]
-        setting = "gFSOD" if row["generalized"] else "FSOD"
-        scales = "{:g}, {:g}".format(*row["decouple"]) if row["decouple"] else "none"
-        lines.append(f"{row['data'][-16:]:16} {','.join(row['novel'])[:20]:20} {row['model']:12} {scales:8} "
-                     f"{'yes' if row['calibrated'] else 'no':10} {setting:7} {row['lists']!s:>5} "
-                     f"{row['shots']:5} {len(row['seeds']):4}  " + "  ".join(f"{cell:>13}" for cell in cells)
-                     + "".join(f"  {key} {row[key]}" for key in ABLATION_ARGS if row[key] is not False))
-    return "\n".join(lines)
-
-
-def _cell(mean: float, interval: float | None) -> str:
-    return f"{100 * mean:6.2f}" + (" " * 7 if interval is None else f" ± {100 * interval:4.2f}")
-
-
 # ---------------------------------------------------------------------------------------------- script
 
 def add_class_arguments(parser: argparse.ArgumentParser):
@@ -421,26 +323,12 @@ def convert_checkpoint(args: argparse.Namespace):
     print(f"{args.init} for {len(names)} classes is {args.out}")
 
 
-def read_metrics(folder: Path) -> dict:
-    """metrics.json of a run. Raises DataError that names the file."""
-    try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'metrics.json'}: cannot be read ({error})") from error
-
-
-def aggregate_runs(args: argparse.Namespace):
-    """Prints the table of runs, and writes it to --out."""
-    rows = aggregate([read_run(str(folder), read_metrics(folder)) for folder in args.runs])
-    print(aggregate_table(rows))
-    if args.out:
-        make_folder(args.out)
-        write_json(args.out / "aggregate.json", rows)
-
-
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="aggregate | convert")
+    commands = parser.add_subparsers(required=True, metavar="run | aggregate | convert")
+    run = commands.add_parser("run", help="fine-tunings for all shots and seeds, and their table")
+    add_run_arguments(run)
+    run.set_defaults(run=run_protocol)
     table = commands.add_parser("aggregate", help="mean and 95 %% interval over seeds")
     table.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders with metrics.json")
     table.add_argument("--out", type=Path, help="folder for aggregate.json")

@@ -6,7 +6,8 @@ from PIL import Image
 
 from data import DataError, DetectionDataset
 from evaluate import as_in_file
-from fewshot import Calibration, aggregate, aggregate_table, read_run, schedule
+from fewshot import Calibration, schedule
+from protocol import aggregate, aggregate_table, read_run
 from runtime import Place
 
 # ---------------------------------------------------------------------------- schedules and tables
