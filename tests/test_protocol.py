@@ -74,8 +74,9 @@ def test_forgetting_is_the_change_of_the_base_classes():
     runs = [read_run("r", {"AP": 0.2, "few_shot": few_shot, "per_class": {"a": ap, "b": 0.1, "c": 0.1}})
             for ap in (0.4, 0.5)]
     rows = forgetting_table({"a": 0.6, "b": 0.2, "empty": None}, runs).splitlines()[1:]
-    assert [row.split() for row in rows] == [
-        ["a", "60.00", "45.00", "-15.00"], ["b", "20.00", "10.00", "-10.00"], ["mean", "40.00", "27.50", "-12.50"]]
+    assert [row.split() for row in rows] == [["a", "60.00", "45.00", "-15.00"],
+                                             ["b", "20.00", "10.00", "-10.00"],
+                                             ["mean", "40.00", "27.50", "-12.50"]]
 
 
 def test_scores_that_are_not_of_a_run_end_in_one_line(mistake, tmp_path):
