@@ -196,7 +196,8 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     print0("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
     draw_scores(dataset, results, out, settings.curves, settings.worst)
-    draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold)
+    draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold,
+                    list(groups.members.values()) if groups else None)
     return metrics
 
 
