@@ -26,9 +26,8 @@ def test_shots_are_drawn_in_a_row_per_class(in_process, mistake, tmp_path):
     out = in_process(browse.main, "--shots", 3, "--shot-seed", 1, "--out", "out")
     assert "3 shots per class, seed 1, sampled: 6 boxes" in out and "drawn in out/shots.png" in out
     sheet = np.asarray(Image.open(tmp_path / "out" / "shots.png"))
-    names = open_dataset("shapes", "val").names
     tops = []
-    for label in (names.index("arrow"), names.index("heart")):  # the novel classes
+    for label in range(2):  # of the novel classes
         own = (sheet == class_colour(label)).all(axis=2)
         assert all(column.sum() > 50 for column in np.array_split(own, 3, axis=1))
         tops.append(np.flatnonzero(own.any(axis=1))[[0, -1]])
