@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DetectionDataset
-from metrics import VOC_IOU, coco_evaluation, ground_truth, iou_with, shown
+from metrics import coco_evaluation, ground_truth, iou_with, shown
 from runtime import print0
 
 PROPOSALS = [100, 300, 1000]  # the best of an image that `proposal_recall` looks at
 RECALL_IMAGES = 500  # that it scores at a time
+MATCH_IOU = 0.5  # a detection is that of an object from this IoU on
 
 
 def precision_recall(dataset: DetectionDataset, results: list[dict]) -> dict[str, dict]:
@@ -71,10 +72,10 @@ def image_errors(dataset: DetectionDataset, results: list[dict],
             iou = iou_with(np.array([x, y, x + w, y + h]), dataset.boxes[rows])
             own = dataset.classes[rows] == label_of[result["category_id"]]
             match = int((iou * (own & free)).argmax()) if len(rows) else 0
-            if len(rows) and iou[match] >= VOC_IOU and own[match] and free[match]:
+            if len(rows) and iou[match] >= MATCH_IOU and own[match] and free[match]:
                 free[match], hits = False, hits + (not optional[match])
                 found.append((result, ""))
-            elif (near := iou >= VOC_IOU).any():
+            elif (near := iou >= MATCH_IOU).any():
                 other = dataset.names[dataset.classes[rows[iou.argmax()]]]
                 found.append((result, "doubled" if (near & own).any() else f"is a {other}"))
             else:

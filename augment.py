@@ -1,6 +1,6 @@
 """Augmentation of training images beside the flip: random colours and crops. Every published recipe has none.
 
-All random numbers come from the generator that is given, so an image depends on (seed, epoch, index) alone.
+All random numbers come from the generator that is given, which `data.TrainSamples` makes for every draw.
 """
 import numpy as np
 from PIL import Image, ImageEnhance

@@ -5,6 +5,7 @@
     python browse.py --data coco --split val2017 --targets --min-size 800 --max-size 1333
     python browse.py --targets faster_rcnn
     python browse.py --log runs/fcos runs/fsaf           losses, lr and AP over the steps
+    python browse.py --shots 5 --shot-seed 0             the shots of the novel classes (few-shot)
     python browse.py --levels runs/fsaf/last.pth         or runs/faster_rcnn/last.pth
 
 It prints the class table and every problem in the data, and draws the first images into --out. With --targets
@@ -33,12 +34,15 @@ from data import DetectionDataset, TrainSamples, collate, load_sample
 from draw import class_colour, draw_box, draw_runs, enlarge, file_name
 from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
+from fewshot import add_class_arguments, novel_names, stage_names
 from fsaf import FSAF, NO_LOSS, STRIDES, level_losses, select_level
 from layouts import default_splits
 from ops import match_anchors
 from shapes import open_dataset
+from subsets import k_shot_subset, lists_folder
 
 PANEL = 400  # px, longer side of the panel of a level
+SHOT_PANEL = 200  # px, longer side of the panel of a shot
 GAP = 4  # px between panels
 PROPOSALS = 10  # drawn per level
 SHAPES_SIZE, COCO_SIZE = (128, 128), (800, 1333)  # default --min-size, --max-size
@@ -58,17 +62,37 @@ def draw_objects(dataset: DetectionDataset, index: int) -> Image.Image:
 
 def draw_augmented(dataset: DetectionDataset, index: int, min_size: int, max_size: int,
                    augment: list[str]) -> Image.Image:
-    """One image as the first four epochs see it, with its boxes, in a row."""
+    """Four draws of one image, with its boxes, in a row."""
     samples = TrainSamples(dataset, [min_size], max_size, augment=tuple(augment))
     panels = []
-    for epoch in range(4):
-        sample = samples[epoch, index]
+    for draw in range(4):
+        sample = samples[4 * index + draw, index]
         image, zoom = enlarge(Image.fromarray(sample["image"]))
         canvas = ImageDraw.Draw(image)
         for box, label in zip(sample["boxes"] * zoom, sample["labels"].tolist()):
             draw_box(canvas, box, class_colour(label), dataset.names[label] if label >= 0 else "crowd")
         panels.append(image)
     return _in_a_row(panels)
+
+
+def draw_shots(shots: DetectionDataset) -> Image.Image:
+    """The shots of a novel stage, from `subsets.k_shot_subset`: a row per class, a panel per shot."""
+    rows = []
+    for label, name in enumerate(shots.names):
+        panels = []
+        for row in np.flatnonzero((shots.classes == label) & ~shots.crowd):
+            image = shots.image(int(shots.box_image[row]))
+            zoom = SHOT_PANEL / max(image.size)
+            image = image.resize((round(image.width * zoom), round(image.height * zoom)))
+            draw_box(ImageDraw.Draw(image), shots.boxes[row] * zoom, class_colour(label), name)
+            panels.append(image)
+        rows.append(_in_a_row(panels))
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + GAP for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + GAP
+    return sheet
 
 
 class LevelTargets(NamedTuple):
@@ -249,6 +273,11 @@ def parse_args() -> argparse.Namespace:
                         help="draw losses, lr and AP of these runs over their steps, in OUT/curves.png")
     parser.add_argument("--augment", nargs="+", choices=AUGMENTATIONS,
                         help="draw each image as four epochs of a training with this augmentation see it")
+    parser.add_argument("--shots", type=int, metavar="K", help="draw the K shots of every novel class, in "
+                                                               "OUT/shots.png: a row per class")
+    parser.add_argument("--shot-seed", type=int, default=0, help="number of the list of shots (default: 0)")
+    parser.add_argument("--shot-lists", help="folder of published lists, or none to sample shots")
+    add_class_arguments(parser)
     parser.add_argument("--count", type=int, default=8, help="draw the first N images")
     parser.add_argument("--targets", nargs="?", const="fcos", choices=("fcos", "faster_rcnn"),
                         help="draw the targets of this detector instead of the boxes (default: fcos)")
@@ -261,9 +290,9 @@ def parse_args() -> argparse.Namespace:
                                                      "(default: the checkpoint's, 128 for shapes, else 1333)")
     parser.add_argument("--out", type=Path, default=Path("runs/browse"))
     args = parser.parse_args()
-    if sum(map(bool, (args.targets, args.levels, args.augment))) > 1:
-        parser.error("give one of --targets, --levels and --augment, not both")
-    for name in ("count", "min_size", "max_size"):
+    if sum(map(bool, (args.targets, args.levels, args.augment, args.shots))) > 1:
+        parser.error("give one of --targets, --levels, --augment and --shots, not both")
+    for name in ("count", "min_size", "max_size", "shots"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     return args
@@ -296,6 +325,14 @@ def main():
 
     print("\n".join([*dataset.notes, dataset.table()]))
     make_folder(args.out)
+    if args.shots:
+        novel = novel_names(dataset, args.voc_split or 1, args.novel_classes)
+        names = stage_names(dataset.names, novel, "novel", args.generalized)
+        lists = lists_folder({"data": args.data or args.json or "shapes", "shot_lists": args.shot_lists},
+                             dataset.voc)
+        shots = k_shot_subset(dataset, names, args.shots, args.shot_seed, lists, None)
+        draw_shots(shots).save(args.out / "shots.png")
+        return print("\n".join([*shots.notes, f"drawn in {args.out / 'shots.png'}"]))
     count, selected = min(args.count, len(dataset)), []
     for index in range(count):
         path = args.out / file_name(dataset.image_ids[index])

@@ -12,7 +12,14 @@ from torch import nn
 
 from convert import TorchvisionFasterRCNN, TorchvisionFCOS, TorchvisionRetinaNet, convert_detector
 from data import check_names
-from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN, FineTuningPredictor, transfer_class_rows
+from defrcn import (
+    CLS_DROPOUT,
+    COSINE_SCALE,
+    ROI_GRAD_SCALE_BASE,
+    DeFRCN,
+    FineTuningPredictor,
+    transfer_class_rows,
+)
 from faster_rcnn import FasterRCNN, Predictor
 from fcos import FCOS
 from fsaf import FSAF
@@ -21,8 +28,10 @@ from weights import WeightsError, extract_state_dict, read_file, refuse_nonfinit
 
 # Arguments that define the architecture. They come from the checkpoint unless given on the command line.
 MODEL_ARGS = ("model", "backbone", "fpn", "fpn_channels", "caffe", "original", "tower_bias", "head_norm",
-              "torchvision", "fsaf_branch", "ignore_scale", "decouple", "cosine", "pool_size", "roi_samples",
-              "proposals")
+              "torchvision", "fsaf_branch", "ignore_scale", "decouple", "cosine", "cosine_scale", "pool_size",
+              "roi_samples", "proposals")
+# Arguments of the few-shot stages that older checkpoints do not have. None is the published value.
+ABLATION_ARGS = ("train_only", "cls_dropout", "cosine_scale", "pcb_alpha", "pcb_window")
 # What the arguments in a checkpoint must be for a model to be built and scored. None means: not used.
 ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", "train_split", "val_split",
                             "train_json", "train_images", "val_json", "val_images", "stage", "pcb_weights",
@@ -30,8 +39,9 @@ ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", 
              "whole number": (int, ("freeze_at", "fpn_channels", "max_size", "roi_samples", "pool_size",
                                     "shots", "shot_seed", "original", "fpn", "caffe", "decouple", "cosine",
                                     "generalized")),
-             "number": ((int, float), ("ignore_scale", "rpn_grad_scale", "roi_grad_scale")),
-             "list": (list, ("min_size", "pad_to", "proposals", "novel_classes"))}
+             "number": ((int, float), ("ignore_scale", "rpn_grad_scale", "roi_grad_scale", "cls_dropout",
+                                       "cosine_scale", "pcb_alpha")),
+             "list": (list, ("min_size", "pad_to", "proposals", "novel_classes", "train_only", "pcb_window"))}
 CLASS_LAYERS = ("head.cls_logits.", "head.anchor_logits.", "predictor.")  # their shape depends on the classes
 
 
@@ -52,38 +62,38 @@ def build_model(args: dict, num_classes: int) -> nn.Module:
                            fpn_channels=args["fpn_channels"], **backbone)
     two_stage = {"pool_size": args["pool_size"], "roi_samples": args["roi_samples"],
                  "post_nms_top_k": args["proposals"], **backbone}
+    cosine = {"cosine": args["cosine"], "cosine_scale": args.get("cosine_scale") or COSINE_SCALE}
     if args["model"] == "faster_rcnn":
-        predictor = partial(FineTuningPredictor, cosine=True) if args["cosine"] else Predictor
+        predictor = partial(FineTuningPredictor, **cosine) if args["cosine"] else Predictor
         model_class = TorchvisionFasterRCNN if args.get("torchvision") else FasterRCNN
         return model_class(num_classes, fpn=args["fpn"], fpn_channels=args["fpn_channels"],
                            predictor=predictor, **two_stage)
     fine_tuning = args["stage"] == "novel"
-    roi_grad_scale = args["roi_grad_scale"]
+    roi_grad_scale, cls_dropout = args["roi_grad_scale"], args.get("cls_dropout")
+    if cls_dropout is None:
+        cls_dropout = CLS_DROPOUT if fine_tuning and not args["cosine"] else 0.0
     return DeFRCN(num_classes, decouple=args["decouple"], rpn_grad_scale=args["rpn_grad_scale"],
                   roi_grad_scale=ROI_GRAD_SCALE_BASE if roi_grad_scale is None else roi_grad_scale,
-                  freeze_res5=fine_tuning, cosine=args["cosine"],
-                  cls_dropout=CLS_DROPOUT if fine_tuning and not args["cosine"] else 0.0, **two_stage)
+                  freeze_res5=fine_tuning and "res5" not in (args.get("train_only") or ()),
+                  cls_dropout=cls_dropout, **cosine, **two_stage)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", original: bool = False,
-               classes: list[str] | None = None) -> tuple[nn.Module, dict]:
+               classes: list[str] | None = None, voc_split: int | None = None) -> tuple[nn.Module, dict]:
     """A trained detector in evaluation mode, and the rest of its checkpoint.
 
-    path, original: see `read_checkpoint`. classes: class names that replace those of the checkpoint.
+    path, original, classes, voc_split: see `read_checkpoint`.
     Returns (model, info). info has args (dict), names (C class names), category_ids (C ids of the dataset),
-    step, notes (lines to print), named (whether the class names are known). Raises WeightsError.
+    step, notes (lines to print), named (whether the class names are known). Raises WeightsError, also for a
+    detector without a predictor.
     """
-    checkpoint = read_checkpoint(path, original)
-    names = checkpoint["names"]
-    model = build_model(checkpoint["args"], len(names))
+    checkpoint = read_checkpoint(path, original, classes, voc_split)
+    if not checkpoint["names"]:
+        raise WeightsError(f"{path}: has no predictor, so it detects nothing. A training can start from it: "
+                           f"train.py --init")
+    model = build_model(checkpoint["args"], len(checkpoint["names"]))
     model.load_state_dict(checkpoint["model"])
     info = {key: checkpoint[key] for key in ("args", "names", "category_ids", "step", "notes", "named")}
-    if classes is not None:
-        different = len(set(classes))
-        if len(classes) != len(names) or different < len(classes):
-            raise WeightsError(f"--classes names {len(classes)} classes ({different} different), {path} has "
-                               f"{len(names)}")
-        info |= {"names": classes, "named": True}
     return model.to(device, memory_format=memory_format(device)).eval(), info
 
 
@@ -95,30 +105,48 @@ def save_checkpoint(path: Path, content: dict):
         torch.save(content, file)
 
 
-def read_checkpoint(path: str | Path, original: bool = False) -> dict:
+def read_checkpoint(path: str | Path, original: bool = False, classes: list[str] | None = None,
+                    voc_split: int | None = None) -> dict:
     """A checkpoint of train.py, or a detector of another code base in the same form (see `convert.FORMATS`).
 
     original: an FCOS of the authors' first repository has the original form. The keys do not show the form.
+    classes: class names that replace those of the checkpoint. voc_split: few-shot split of VOC, whose classes
+    a two-stage detector of another code base has.
     Returns a dict with model, args, names, category_ids, step, path, notes (lines to print), named (whether
-    the class names are known), and what else train.py wrote. Raises WeightsError that names the file.
+    the class names are known), and what else train.py wrote. names is empty for a detector without a
+    predictor, from which a training can start. Raises WeightsError that names the file.
     """
     if not Path(path).is_file():
         raise WeightsError(f"checkpoint {path} does not exist")
     content = read_file(path)
-    if not isinstance(content, dict) or not {"args", "names"} <= set(content):
+    if isinstance(content, dict) and {"args", "names"} <= set(content):
+        checkpoint = _own_checkpoint(path, content)
+    else:
         with blame(path, WeightsError, "not a detector that is known here"):
-            converted = _fit_to_model(path, convert_detector(path, content, original))
-        refuse_nonfinite(converted["model"], path)
-        return {**converted, "path": path}
+            checkpoint = _fit_to_model(path, convert_detector(path, content, original, voc_split))
+        refuse_nonfinite(checkpoint["model"], path)
+    if classes is not None:
+        count, different = len(checkpoint["names"]), len(set(classes))
+        if len(classes) != count or different < count:
+            raise WeightsError(f"--classes names {len(classes)} classes ({different} different), {path} has "
+                               f"{count}")
+        checkpoint |= {"names": list(classes), "named": True}
+    return {**checkpoint, "path": path}
+
+
+def _own_checkpoint(path: str | Path, content: dict) -> dict:
+    """A checkpoint of train.py, checked. content: what its file holds. Raises WeightsError."""
     missing = {"model", "category_ids", "step"} - set(content)
     if missing:
         raise WeightsError(f"{path}: not a complete checkpoint of train.py, it lacks "
                            f"{', '.join(sorted(missing))}")
-    if isinstance(content["args"], dict) and content["args"].get("model") == "faster_rcnn":
-        content["args"] = {"fpn": False, **content["args"]}  # older checkpoints are of C4 and do not say so
     with blame(path, WeightsError, "not a checkpoint of train.py"):
+        older = dict.fromkeys(ABLATION_ARGS)
+        if content["args"].get("model") == "faster_rcnn":
+            older["fpn"] = False  # older checkpoints are of C4 and do not say so
+        content["args"] = {**older, **content["args"]}
         _check_schema(content, path)
-    return {**content, "path": path, "notes": [], "named": True}
+    return {**content, "notes": [], "named": True}
 
 
 def _check_schema(content: dict, path: str | Path):
@@ -163,6 +191,8 @@ def _fit_to_model(path: str | Path, converted: dict) -> dict:
     with torch.device("meta"):
         own = build_model(converted["args"], len(converted["names"])).state_dict()
     missing = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    if not converted["names"]:  # without a predictor
+        missing = [key for key in missing if not key.startswith("predictor.")]
     left_out = [key for key in state if key not in own]
     parts = [key for key in left_out if key.startswith(("backbone.", "fpn.", "head.", "rpn.", "predictor."))]
     if missing or parts:
@@ -172,7 +202,7 @@ def _fit_to_model(path: str | Path, converted: dict) -> dict:
     if left_out:
         notes.append(f"{path}: left out {len(left_out)} tensors without a place here: "
                      f"{', '.join(left_out[:5])}")
-    return {**converted, "model": {key: state[key] for key in own}, "notes": notes}
+    return {**converted, "model": {key: state[key] for key in own if key in state}, "notes": notes}
 
 
 # ---------------------------------------------------------------------------------------------- start from
@@ -184,6 +214,8 @@ def load_init(model: nn.Module, checkpoint: dict, names: list[str]):
     fresh weights. A two-stage detector takes over the rows of the classes that both know. Prints what is new.
     Raises WeightsError if the checkpoint holds another model.
     """
+    for note in checkpoint["notes"]:
+        print0(note)
     path, state, own = checkpoint["path"], checkpoint["model"], model.state_dict()
     old_names, names = checkpoint["names"], list(names)
     replaced = [key for key in own if key.startswith(CLASS_LAYERS)] if old_names != names else []

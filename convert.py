@@ -16,7 +16,7 @@ from torch import Tensor
 import defrcn
 import faster_rcnn
 from backbone import ARCHITECTURES, BN_EPS, CAFFE_PIXELS, TORCHVISION_PIXELS
-from data import COCO_CLASSES, COCO_IDS, COCO_NOVEL, VOC_CLASSES
+from data import COCO_CLASSES, COCO_IDS, COCO_NOVEL, VOC_CLASSES, VOC_NOVEL
 from faster_rcnn import FasterRCNN, roi_levels
 from fcos import CAFFE_PIXELS_IMPROVED, FCOS, PRE_NMS_TOP_K
 from fsaf import ANCHOR_SCALE, ASPECT_RATIOS, FSAF, IGNORE_SCALE, OCTAVES, STRIDES, base_anchors
@@ -266,7 +266,7 @@ def _rename_torchvision(state: State, bn_eps: float, predictors: dict[str, str])
 def rcnn_from_detectron2(state: State) -> State:
     """The official DeFRCN, for `DeFRCN`; detectron2's Faster R-CNN, for `FasterRCNN` with FPN or C4.
 
-    A file without a predictor (after the "remove" surgery) gives none here. Raises WeightsError.
+    A file without a predictor (after the official "remove" surgery) gives none. Raises WeightsError.
     """
     fpn = any(key.startswith("backbone.fpn_") for key in state)
     if not fpn and not any(key.startswith(("backbone.res5.", "roi_heads.res5.")) for key in state):
@@ -356,10 +356,12 @@ FORMATS = (
            "predictor.cls_score", FPN_ARGS | {"torchvision": True, "proposals": list(TORCHVISION_PROPOSALS)}))
 
 
-def convert_detector(path: str | Path, content, original: bool) -> dict:
+def convert_detector(path: str | Path, content, original: bool, voc_split: int | None = None) -> dict:
     """A detector of another code base in the form of train.py's checkpoints.
 
     content: from `weights.read_file`. original: an FCOS of the first repository has the original form.
+    voc_split: a two-stage detector has the classes of this few-shot split of VOC, if it has as many. A
+    detector without a predictor has none.
     Returns also format (its name), notes (lines) and named (are the names known). Raises WeightsError.
     """
     state = {key.removeprefix("module."): value for key, value in extract_state_dict(content, path).items()}
@@ -371,15 +373,12 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
         args = DEFAULT_ARGS | found.args | _args_from_tensors(state)
     except WeightsError as error:
         raise WeightsError(f"{path}: looks like {found.name}, but: {error}") from error
-    if found.scores + ".weight" not in state:
-        raise WeightsError(f"{path}: is {found.name} without a predictor (after surgery?): give the "
-                           f"checkpoint from before the surgery, --init does it")
     if found.reader is fcos_from_mmdet:
         original = options.get("original", _has_original_form(state))
     args["original"] = original and found.reader in (fcos_from_mmdet, fcos_from_first_repository)
-    count = len(state[found.scores + ".weight"])
+    count = len(state[found.scores + ".weight"]) if found.scores + ".weight" in state else 0
     if found.scores == "predictor.cls_score":
-        count -= 1  # background
+        count = max(0, count - 1)  # background
     if found.scores == "head.anchor_logits":
         count //= state["base_anchors"].shape[1]
     if args["torchvision"]:
@@ -387,7 +386,7 @@ def convert_detector(path: str | Path, content, original: bool) -> dict:
             state = _change_bn_eps(state, 0.0)
         if count in (90, 91):  # one for every id of COCO, also for the 10 ids (and 0) without a category
             state, count = state | _rows_of_coco(state, found.scores, count), 80
-    names, remark = _class_names(meta, count, args["model"])
+    names, remark = _class_names(meta, count, args["model"], voc_split)
     form = (", original form" if args["original"] else ", improved form") if args["model"] == "fcos" else ""
     return {"model": state, "args": args, "step": 0, "format": found.name,
             "notes": [f"{path}: {found.name}{form}, {args['backbone']}, {count} classes{remark}"],
@@ -450,19 +449,29 @@ def _args_from_tensors(state: State) -> dict:
             "cosine": "predictor.cls_score.weight" in state and "predictor.cls_score.bias" not in state}
 
 
-def _class_names(meta: dict, count: int, model: str) -> tuple[list[str] | None, str]:
+def _class_names(meta: dict, count: int, model: str,
+                 voc_split: int | None = None) -> tuple[list[str] | None, str]:
     """Class names and a remark. The names are mmdetection's, or the usual ones for the count, or None."""
     dataset = meta.get("dataset_meta")
     dataset = dataset if isinstance(dataset, dict) else meta
     written = dataset.get("classes") or dataset.get("CLASSES")
     if isinstance(written, (list, tuple)) and len(written) == count:
         return [str(name) for name in written], ""
-    usual = [COCO_CLASSES, list(VOC_CLASSES)]
-    if model in ("defrcn", "faster_rcnn"):  # 60: the base classes of few-shot detection
-        usual.append([name for name in COCO_CLASSES if name not in COCO_NOVEL])
-    if model == "defrcn":
-        usual[1] = list(COCO_NOVEL)
-    for names in usual:
+    if count == 0:
+        return [], ", without a predictor"
+    two_stage = model in ("defrcn", "faster_rcnn")
+    usual = {"COCO's": COCO_CLASSES, "VOC's": list(VOC_CLASSES)}
+    if two_stage:
+        usual["COCO's base classes"] = [name for name in COCO_CLASSES if name not in COCO_NOVEL]
+    if two_stage and voc_split:
+        novel = list(VOC_NOVEL[voc_split])
+        base = [name for name in VOC_CLASSES if name not in novel]
+        usual = {**usual, f"VOC's base classes of split {voc_split}": base, "VOC's": base + novel,
+                 f"VOC's novel classes of split {voc_split}": novel}
+    elif model == "defrcn":
+        usual |= {"VOC's": [], "COCO's novel classes (VOC's: give --voc-split)": list(COCO_NOVEL)}
+    for what, names in usual.items():
         if len(names) == count:
-            return names, f", not named, taken for {names[0]}, {names[1]}, ..."
-    return None, ", which it does not name"
+            return names, f", not named, taken for {what}: {names[0]}, {names[1]}, ..."
+    advice = " (VOC's base classes? Then give --voc-split)" if two_stage and count == 15 else ""
+    return None, f", which it does not name{advice}"

@@ -29,6 +29,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 # FSAF ignores its middle. Scoring ignores it, and it is never a shot.
 PADDING, CROWD = -1, -2
 MAX_WORKERS = 256  # loader processes of one rank
+WINDOW = 32  # steps whose draws are grouped by orientation, see TrainBatchSampler
+PERMUTATION, STEP_ORDER, AUGMENTATION = range(3)  # first number of a seed: each has its own random numbers
 BUCKETS = 4  # number of long sides in `shape_buckets`: 960, 1088, 1216, 1344 for COCO at 800/1333
 # COCO's 80 classes in the order of their category ids, which have gaps.
 COCO_CLASSES = (
@@ -45,6 +47,10 @@ COCO_NOVEL = tuple("person,bicycle,car,motorcycle,airplane,bus,train,boat,bird,c
                    "bottle,chair,couch,potted plant,dining table,tv".split(","))
 VOC_CLASSES = tuple("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,"
                     "motorbike,person,pottedplant,sheep,sofa,train,tvmonitor".split(","))
+# VOC's novel classes in the three published splits. The official order of a split is base, then novel.
+VOC_NOVEL = {1: ("bird", "bus", "cow", "motorbike", "sofa"),
+             2: ("aeroplane", "bottle", "cow", "horse", "sofa"),
+             3: ("boat", "cat", "motorbike", "sheep", "sofa")}
 
 
 class DataError(UserError):
@@ -376,22 +382,23 @@ def check_pad_to(dataset: DetectionDataset, min_sizes: list[int], max_size: int,
 def shape_buckets(dataset: DetectionDataset, min_size: int, max_size: int) -> list[tuple[int, int]]:
     """A few batch shapes (height, width), so that a training step can be compiled once for each.
 
-    They are multiples of 32, smallest first: the largest short side with BUCKETS long sides, wide and tall.
-    One of them holds any batch of `TrainBatchSampler`. min_size: the largest in training.
+    They are multiples of 32, smallest first: the largest short side with BUCKETS long sides, wide and tall,
+    and a square for both orientations. One of them holds any batch. min_size: the largest in training.
     """
     shapes = np.array([resized_shape(height, width, min_size, max_size) for height, width in dataset.sizes])
     short, shortest, longest = shapes.min(axis=1).max(), shapes.max(axis=1).min(), shapes.max()
     longs = shortest + (longest - shortest) * np.arange(1, BUCKETS + 1) / BUCKETS
     short, *longs = (32 * math.ceil(side / 32) for side in (short, *longs))
     wide = {(short, max(short, long)) for long in longs}
-    return sorted(wide | {(width, height) for height, width in wide}, key=lambda shape: (sum(shape), shape))
+    return sorted(wide | {(width, height) for height, width in wide} | {(longs[-1], longs[-1])},
+                  key=lambda shape: (sum(shape), shape))
 
 
 class TrainSamples(Dataset):
-    """Augmented samples of a training set. An item is requested as (epoch, index).
+    """Augmented samples of a training set. An item is requested as a draw of `TrainBatchSampler`.
 
-    Flip, short side and augmentation depend on (seed, epoch, index) alone, not on a loader process, a rank or
-    a restart. A broken image becomes a black one without objects, with what is wrong under "broken": the
+    Flip, short side and augmentation depend on (seed, position) alone, not on a loader process, a rank or a
+    restart. A broken image becomes a black one without objects, with what is wrong under "broken": the
     training decides.
     """
 
@@ -405,10 +412,10 @@ class TrainSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         if not isinstance(key, tuple):
-            raise DataError("TrainSamples takes (epoch, index): give its DataLoader "
+            raise DataError("TrainSamples takes (position, index): give its DataLoader "
                             "batch_sampler=TrainBatchSampler(...) and collate_fn=collate")
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        position, index = key
+        rng = np.random.default_rng((AUGMENTATION, self.seed, position))
         min_size = self.min_sizes[rng.integers(len(self.min_sizes))]
         flip = self.flip and rng.random() < 0.5
         try:
@@ -435,40 +442,48 @@ class TestSamples(Dataset):
 
 
 class TrainBatchSampler:
-    """Batch sampler of training. The images of a step depend on (seed, epoch) alone.
+    """Batch sampler of training: an endless sequence of draws, cut into steps.
 
-    A step takes `batch_size` images that are all wide or all tall, which wastes little padding. Rank r of
-    `world` gets the r-th part of every step, in `accumulate` micro-batches. All ranks together see the same
-    images for any `world` and `accumulate`. Yields lists of (epoch, index), from step `start` up to `stop`.
+    The sequence is one permutation of `indices` after another, so every image is drawn equally often. The
+    draws of `window` steps are sorted, wide images before tall ones, and cut into steps, which are shuffled.
+    At most one of these steps holds both orientations, so that padding wastes little. With a window of one
+    step, a step holds successive draws, as in detectron2.
+
+    The sequence depends on the seed alone. Rank r of `world` gets the r-th part of every step, in
+    `accumulate` micro-batches. All ranks together see the same images for any `world` and `accumulate`.
+    Yields lists of draws (position in the sequence, index), from step `start` up to `stop`.
     """
 
     def __init__(self, dataset: DetectionDataset, indices: np.ndarray, batch_size: int, seed: int = 0,
-                 rank: int = 0, world: int = 1, accumulate: int = 1, start: int = 0, stop: int = 0):
-        self.indices, self.batch_size, self.seed = np.asarray(indices), batch_size, seed
-        self.wide = dataset.sizes[self.indices, 1] >= dataset.sizes[self.indices, 0]
+                 rank: int = 0, world: int = 1, accumulate: int = 1, start: int = 0, stop: int = 0,
+                 window: int = WINDOW):
+        self.indices, self.batch_size, self.seed, self.window = np.asarray(indices), batch_size, seed, window
+        self.wide = dataset.sizes[:, 1] >= dataset.sizes[:, 0]
         self.rank, self.world, self.accumulate, self.start, self.stop = rank, world, accumulate, start, stop
-        self.steps_per_epoch = sum(-(-int(group.sum()) // batch_size) for group in (self.wide, ~self.wide))
+        self.steps_per_epoch = -(-len(self.indices) // batch_size)
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """(steps_per_epoch, batch_size) image indices. The last batch of a group repeats its first images."""
-        rng = np.random.default_rng((self.seed, epoch))
-        batches = []
-        for group in (self.wide, ~self.wide):
-            members = rng.permutation(self.indices[group])
-            count = -(-len(members) // self.batch_size)
-            batches.append(np.resize(members, (count, self.batch_size)))
-        return rng.permutation(np.concatenate(batches))
+    def steps(self, window: int) -> np.ndarray:
+        """(self.window, batch_size, 2) int64 of one window: position and image index of every draw."""
+        draws = self.window * self.batch_size
+        position = np.arange(window * draws, (window + 1) * draws)
+        epoch, place = np.divmod(position, len(self.indices))
+        index = np.concatenate([
+            np.random.default_rng((PERMUTATION, self.seed, e)).permutation(self.indices)[place[epoch == e]]
+            for e in range(epoch[0], epoch[-1] + 1)])
+        order = np.argsort(~self.wide[index], kind="stable")
+        steps = np.stack((position, index), axis=1)[order].reshape(self.window, self.batch_size, 2)
+        return np.random.default_rng((STEP_ORDER, self.seed, window)).permutation(steps)
 
     def __iter__(self):
         micro_batch = self.batch_size // (self.world * self.accumulate)
         current = None
         for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current, batches = epoch, self.epoch(epoch)
-            mine = batches[position].reshape(self.world, self.accumulate, micro_batch)[self.rank]
+            window, place = divmod(step, self.window)
+            if window != current:
+                current, steps = window, self.steps(window)
+            mine = steps[place].reshape(self.world, self.accumulate, micro_batch, 2)[self.rank]
             for part in mine.tolist():
-                yield [(epoch, index) for index in part]
+                yield [tuple(draw) for draw in part]
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate

@@ -75,31 +75,50 @@ class Affine(nn.Module):
 
 # ------------------------------------------------------------------------------------- fine-tuning
 
+# Parts of a two-stage detector by the beginnings of their parameters' names. "backbone" is everything else.
+PARTS = {"predictor": ("predictor.",), "rpn": ("rpn.", "affine_rpn."),
+         "res5": ("backbone.layer4.", "affine_roi.", "box_head."), "backbone": ("backbone.", "fpn.")}
+
+
+def train_only(model: nn.Module, parts: list[str]):
+    """Freezes every parameter of a two-stage detector that belongs to none of the `parts`, keys of PARTS.
+
+    With ["predictor"] only the last layers learn, as in TFA's fine-tuning (arXiv 2003.06957, Sec. 3.1).
+    """
+    for name, parameter in model.named_parameters():
+        part = next(part for part, starts in PARTS.items() if name.startswith(starts))
+        if part not in parts:
+            parameter.requires_grad_(False)
+
+
 class CosineClassifier(nn.Module):
     """Class logits from the angle between a feature and one weight per class (TFA, arXiv 2003.06957).
 
-    forward: (R, D) -> (R, outputs), COSINE_SCALE times the cosine.
+    forward: (R, D) -> (R, outputs), `scale` times the cosine.
     """
 
-    def __init__(self, channels: int, outputs: int):
+    def __init__(self, channels: int, outputs: int, scale: float = COSINE_SCALE):
         super().__init__()
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(outputs, channels))
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         # The norm of the weights has no gradient, because TFA normalises them in place before each use.
         weight = self.weight / (self.weight.detach().norm(dim=1, keepdim=True) + 1e-5)
-        return COSINE_SCALE * F.linear(x / (x.norm(dim=1, keepdim=True) + 1e-5), weight)
+        return self.scale * F.linear(x / (x.norm(dim=1, keepdim=True) + 1e-5), weight)
 
 
 class FineTuningPredictor(Predictor):
     """`Predictor` with dropout before the classifier; the box layer sees the whole feature.
 
-    dropout: probability. cosine: `CosineClassifier` instead of a linear layer.
+    dropout: probability. cosine: `CosineClassifier` with cosine_scale instead of a linear layer.
     """
 
-    def __init__(self, channels: int, num_classes: int, dropout: float = 0.0, cosine: bool = False):
-        super().__init__(channels, num_classes, CosineClassifier if cosine else nn.Linear)
+    def __init__(self, channels: int, num_classes: int, dropout: float = 0.0, cosine: bool = False,
+                 cosine_scale: float = COSINE_SCALE):
+        super().__init__(channels, num_classes,
+                         partial(CosineClassifier, scale=cosine_scale) if cosine else nn.Linear)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,20 +162,21 @@ class DeFRCN(FasterRCNN):
 
     decouple: whether the gradient decoupled layers exist. rpn_grad_scale, roi_grad_scale: their factors.
     freeze_res5: freezes layer4, detectron2's "res5"; cls_dropout: see `FineTuningPredictor`. Only the
-    fine-tuning has these two. cosine: TFA's classifier. `FasterRCNN` explains everything else.
+    fine-tuning has these two. cosine, cosine_scale: TFA's classifier. `FasterRCNN` explains everything else.
     """
 
     def __init__(self, num_classes: int, backbone: str = "resnet101", caffe: bool = True,
                  decouple: bool = True, rpn_grad_scale: float = RPN_GRAD_SCALE,
                  roi_grad_scale: float = ROI_GRAD_SCALE_BASE, pool_size: int = POOL_SIZE,
                  norm: str = "frozen", freeze_at: int = 3, freeze_res5: bool = False,
-                 cls_dropout: float = 0.0, cosine: bool = False, roi_samples: int = ROI_SAMPLES,
-                 post_nms_top_k: tuple[int, int] | None = None, score_threshold: float = SCORE_THRESHOLD,
-                 sample_order: Callable = random_priorities):
+                 cls_dropout: float = 0.0, cosine: bool = False, cosine_scale: float = COSINE_SCALE,
+                 roi_samples: int = ROI_SAMPLES, post_nms_top_k: tuple[int, int] | None = None,
+                 score_threshold: float = SCORE_THRESHOLD, sample_order: Callable = random_priorities):
         super().__init__(num_classes, backbone, caffe, fpn=False, pool_size=pool_size, norm=norm,
                          freeze_at=freeze_at, roi_samples=roi_samples, post_nms_top_k=post_nms_top_k,
                          score_threshold=score_threshold, sample_order=sample_order,
-                         predictor=partial(FineTuningPredictor, dropout=cls_dropout, cosine=cosine))
+                         predictor=partial(FineTuningPredictor, dropout=cls_dropout, cosine=cosine,
+                                           cosine_scale=cosine_scale))
         self.decouple, self.rpn_grad_scale, self.roi_grad_scale = decouple, rpn_grad_scale, roi_grad_scale
         if freeze_res5:
             self.backbone.layer4.requires_grad_(False)

@@ -15,13 +15,18 @@ DRAW_THRESHOLD = 0.2  # detections with a lower score are not drawn
 
 
 def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path, count: int,
-                    threshold: float = DRAW_THRESHOLD):
+                    threshold: float = DRAW_THRESHOLD, groups: list[list[str]] | None = None):
     """Draws the first `count` images of the dataset into `folder`, which is made if needed.
 
     Objects are white. Detections with a score of at least `threshold` have the colour of their class and show
-    its name and the score. results: COCO result format. Two image ids never share a file.
+    its name and the score. results: COCO result format. groups: lists of class names; if two or more are not
+    empty, the classes of a list have one colour. Two image ids never share a file.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    colours = [class_colour(label) for label in range(len(dataset.names))]
+    if groups and sum(map(bool, groups)) > 1:
+        group_of = {name: number for number, names in enumerate(groups) for name in names}
+        colours = [class_colour(group_of[name]) for name in dataset.names]
     label_of = dataset.label_of_category()
     by_image, used = {}, set()
     for result in results:
@@ -38,7 +43,7 @@ def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path
         for result in sorted(by_image.get(image_id, []), key=lambda r: r["score"]):
             label = label_of[result["category_id"]]
             x, y, w, h = (v * zoom for v in result["bbox"])
-            draw_box(canvas, (x, y, x + w, y + h), class_colour(label),
+            draw_box(canvas, (x, y, x + w, y + h), colours[label],
                      f"{dataset.names[label]} {result['score']:.2f}")
         name, suffix = file_name(image_id), ".png" if zoom > 1 else ".jpg"
         while (key := f"{name}{suffix}".lower()) in used:  # "a/b" and "a_b", or "A" and "a"

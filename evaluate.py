@@ -44,6 +44,7 @@ from analysis import image_errors, precision_recall, proposal_recall
 from checkpoint import load_model
 from data import (
     MAX_WORKERS,
+    VOC_NOVEL,
     DataError,
     DetectionDataset,
     SameSizeBatchSampler,
@@ -60,7 +61,7 @@ from data import (
 )
 from draw import DRAW_THRESHOLD, draw_detections, draw_errors, draw_precision_recall
 from faster_rcnn import FasterRCNN
-from fewshot import checkpoint_scoring
+from fewshot import calibrated_stage, checkpoint_scoring
 from layouts import default_splits, image_folder, layout
 from metrics import ClassGroups, group_means, read_results, score, shown
 from onnx_model import load_onnx
@@ -89,7 +90,7 @@ class EvalSettings(NamedTuple):
 @torch.inference_mode()
 def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, settings: EvalSettings,
            decode: Callable | None = None) -> tuple[list[dict], dict[str, float]]:
-    """Detections of every image, in COCO result format.
+    """Detections of every image, in COCO result format with unrounded numbers, see `as_in_file`.
 
     decode: function from the outputs of the network and sizes to detections, by default the model's.
     Boxes are in pixels of the original images, category ids are those of `dataset`. Images are split over the
@@ -140,9 +141,6 @@ def detect(model: torch.nn.Module, dataset: DetectionDataset, place: Place, sett
     parts = gather_objects((seen, results), place.world)
     seen, results = (sum(lists, []) for lists in zip(*parts))
     assert sorted(seen) == list(range(len(dataset))), "every image must be scored exactly once"
-    # The order in the file depends on neither ranks nor batches.
-    index_of = dataset.index_of_image()
-    results.sort(key=lambda r: (index_of[r["image_id"]], -r["score"]))
     return results, milliseconds
 
 
@@ -156,8 +154,19 @@ def _coco_results(dataset: DetectionDataset, batch: dict, detections: list[dict]
         boxes[:, 2:] -= boxes[:, :2]
         for box, box_score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()):
             results.append({"image_id": batch["image_ids"][i], "category_id": dataset.category_ids[label],
-                            "bbox": [round(v, 3) for v in box], "score": round(box_score, 6)})
+                            "bbox": box, "score": box_score})
     return results
+
+
+def as_in_file(dataset: DetectionDataset, results: list[dict]) -> list[dict]:
+    """Results as detections.json has them: 0.001 px, scores of six decimals, by image, best score first.
+
+    The order depends on neither ranks nor batches.
+    """
+    index_of = dataset.index_of_image()
+    rounded = [{**result, "bbox": [round(v, 3) for v in result["bbox"]], "score": round(result["score"], 6)}
+               for result in results]
+    return sorted(rounded, key=lambda r: (index_of[r["image_id"]], -r["score"]))
 
 
 def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, out: Path,
@@ -168,24 +177,27 @@ def evaluate(model: torch.nn.Module, dataset: DetectionDataset, place: Place, ou
     groups: groups of classes; the mean APs of each are added to the metrics. calibrate: changes the results;
     they are scored before and after. Every rank must call this; rank 0 returns the metrics, the others {}.
     """
-    uncalibrated, milliseconds = detect(model, dataset, place, settings)
-    results = calibrate(dataset, uncalibrated) if calibrate else uncalibrated
+    found, milliseconds = detect(model, dataset, place, settings)
+    calibrated = calibrate(dataset, found) if calibrate else found
     if place.rank > 0:
         return {}
+    results = as_in_file(dataset, calibrated)
     write_json(out / "detections.json", results)
     if not dataset.annotated:
         print0(f"{len(results)} detections in {out / 'detections.json'}; there are no annotations to score")
         return {}
-    metrics = _score_with_groups(dataset, uncalibrated, groups, calibrated=False)
     if calibrate:
+        before = _score_with_groups(dataset, as_in_file(dataset, found), groups, calibrated=False)
         print0("after the prototypical calibration:")
-        calibrated = _score_with_groups(dataset, results, groups, calibrated=True)
-        metrics = {**calibrated, "before_calibration": metrics}
+    metrics = _score_with_groups(dataset, results, groups, calibrated=bool(calibrate))
+    if calibrate:
+        metrics["before_calibration"] = before
     metrics["ms_per_image"] = {phase: round(value, 3) for phase, value in milliseconds.items()}
     print0("ms per image: " + ", ".join(f"{phase} {value:.1f}" for phase, value in milliseconds.items()))
     write_json(out / "metrics.json", metrics)
     draw_scores(dataset, results, out, settings.curves, settings.worst)
-    draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold)
+    draw_detections(dataset, results, out / "pictures", settings.pictures, settings.draw_threshold,
+                    list(groups.members.values()) if groups else None)
     return metrics
 
 
@@ -247,13 +259,13 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--batch-size", type=int, default=1,
                      help="images per device (default: 1); only images of one size share a batch")
     run.add_argument("--workers", type=int, help="loader processes per rank (default: 0 on a CPU, else 2)")
-    run.add_argument("--pcb-weights", help="ImageNet ResNet-101 of DeFRCN's calibration: a file, resnet101 "
-                                           "for torchvision's, or none (default: the checkpoint's)")
     run.add_argument("--score-threshold", type=float,
                      help="drop detections with a lower class score (default: the model's; here 0.05)")
     run.add_argument("--nms-threshold", type=float, help="IoU above which NMS drops the worse box of a class "
                                                          "(default: the model's, 0.5 or 0.6)")
     run.add_argument("--max-detections", type=int, help="the best N of each image (default: 100)")
+    run.add_argument("--proposals", type=int, metavar="N",
+                     help="proposals per image of a two-stage detector (default: the model's, 1000 or 100)")
     run.add_argument("--draw-threshold", type=float, default=DRAW_THRESHOLD,
                      help=f"draw detections with at least this score (default: {DRAW_THRESHOLD})")
     run.add_argument("--curves", action="store_true", help="draw precision over recall (curves_pr.png), print"
@@ -264,6 +276,15 @@ def parse_args() -> argparse.Namespace:
                      help="score the proposals of a two-stage detector, not its detections")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
     run.add_argument("--pictures", type=int, default=8, help="draw the first N images (default: 8)")
+    few = parser.add_argument_group("few-shot (a checkpoint of train.py knows all but the first)")
+    few.add_argument("--pcb-weights", help="ImageNet ResNet-101 of DeFRCN's calibration: a file, resnet101 "
+                                           "for torchvision's, or none (default: the checkpoint's)")
+    few.add_argument("--voc-split", type=int, choices=tuple(VOC_NOVEL), help="VOC's classes of --ckpt")
+    few.add_argument("--shots", type=int, metavar="K", help="calibrate with the list of K shots per class")
+    few.add_argument("--shot-seed", type=int, default=0, help="number of that list (default: 0)")
+    few.add_argument("--train-split", help="split that holds the shots (default: that of the layout)")
+    few.add_argument("--train-json", help="COCO-format file that holds them, with --train-images")
+    few.add_argument("--train-images", help="image folder of --train-json")
     args = parser.parse_args()
     has_data = args.data or args.json
     if bool(args.ckpt or args.onnx) == bool(args.detections) or args.detections and not has_data:
@@ -271,12 +292,14 @@ def parse_args() -> argparse.Namespace:
     for name in ("pad_to", "score_threshold", "nms_threshold", "max_detections"):
         if args.onnx and getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --onnx: the file decides it")
-    for name in ("min_size", "max_size", "max_detections"):
+    for name in ("min_size", "max_size", "max_detections", "proposals", "shots"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("score_threshold", "nms_threshold", "draw_threshold"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be in 0..1, not {getattr(args, name)}")
+    if args.shots and not has_data:
+        parser.error("--shots needs --data: it is for a checkpoint of another code base")
     if args.proposals_recall and (args.images or args.detections):
         parser.error("--proposals-recall needs --ckpt and annotated data")
     if args.batch_size < 1 or min(args.workers or 0, args.pictures, args.worst) < 0:
@@ -368,6 +391,7 @@ def draw_images(model: torch.nn.Module, dataset: DetectionDataset, place: Place,
     """
     results, _ = detect(model, dataset, place, settings)
     if place.rank == 0:
+        results = as_in_file(dataset, results)
         write_json(out / "detections.json", results)
         write_json(out / "classes.json", {
             "categories": [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.names)],
@@ -397,6 +421,7 @@ def score_proposals(model: torch.nn.Module, dataset: DetectionDataset, place: Pl
     print0(f"at most {model.post_nms_top_k[1]} proposals per image")
     proposals, _ = detect(model, dataset, place, settings, best_proposals)
     if place.rank == 0:
+        proposals = as_in_file(dataset, proposals)
         write_json(out / "proposals_recall.json", proposal_recall(dataset, proposals))
 
 
@@ -420,13 +445,17 @@ def main():
     if args.onnx:
         model, info = load_onnx(args.onnx)
     else:
-        model, info = load_model(args.ckpt, place.device, args.original, args.classes)
+        model, info = load_model(args.ckpt, place.device, args.original, args.classes, args.voc_split)
     trained, source = info["args"], args.onnx or args.ckpt
     for note in info["notes"]:
         print0(note)
     for name in ("score_threshold", "nms_threshold", "max_detections"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
+    if args.proposals:
+        if not isinstance(model, FasterRCNN):
+            raise UserError("--proposals is for two-stage detectors: faster_rcnn and defrcn")
+        model.post_nms_top_k = (model.post_nms_top_k[0], args.proposals)
     # --images and --onnx write to a subfolder, so the detections.json of the run is not overwritten.
     out = args.out or Path(source).parent / ("images" if args.images else "onnx" if args.onnx else "")
     make_folder(out)
@@ -453,13 +482,15 @@ def main():
     if args.proposals_recall:
         return score_proposals(model, dataset, place, out, settings)
     scoring = {}
+    if args.shots or args.pcb_weights not in (None, "none"):
+        trained = calibrated_stage(trained, info["names"], source, args)
     if trained["stage"]:
         scoring = checkpoint_scoring(trained, info["names"], place, "none" if args.onnx else args.pcb_weights,
                                      args.data or args.json or trained["data"])
     metrics = evaluate(model, dataset, place, out, settings, **scoring)
     if args.onnx and args.ckpt:
         print0(f"{args.ckpt}:")
-        model, _ = load_model(args.ckpt, place.device, args.original, args.classes)
+        model, _ = load_model(args.ckpt, place.device, args.original, args.classes, args.voc_split)
         make_folder(out / "checkpoint")
         theirs = evaluate(model, dataset, place, out / "checkpoint", settings, **scoring)
         if theirs:  # on rank 0

@@ -1,8 +1,10 @@
-"""Few-shot runs: base and novel classes, published schedules, calibration of results, the table over seeds.
+"""Few-shot runs: base and novel classes, published schedules, calibration of results.
 
-Classes are named, never numbered. The lists of K shots are in subsets.py. As a script this file makes the
-table over seeds, and converts a checkpoint to the classes of the novel stage:
+Classes are named, never numbered. The lists of K shots are in subsets.py. As a script this file runs the
+protocol and makes the table over seeds (protocol.py), and converts a checkpoint to the classes of the novel
+stage:
 
+    python fewshot.py run --base runs/defrcn_base/last.pth --shots 1 10 --seeds 0-9
     python fewshot.py aggregate runs/defrcn_novel_*
     python fewshot.py convert --init runs/defrcn_base/last.pth --out novel_init.pth
 """
@@ -13,30 +15,25 @@ from runtime import (  # before torch: see the first lines of runtime.py
     make_folder,
     print0,
     run_main,
-    write_json,
 )
 
 # isort: split
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import build_model, load_init, read_checkpoint, save_checkpoint
-from data import COCO_NOVEL, VOC_CLASSES, DataError, DetectionDataset
-from defrcn import CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
+from checkpoint import ABLATION_ARGS, build_model, load_init, read_checkpoint, save_checkpoint
+from data import COCO_NOVEL, VOC_CLASSES, VOC_NOVEL, DataError, DetectionDataset
+from defrcn import CALIBRATION_ALPHA, CALIBRATION_WINDOW, CalibrationNet, calibrate, class_prototypes
+from layouts import default_splits
 from metrics import ClassGroups
+from protocol import add_run_arguments, aggregate_runs, run_protocol
 from runlog import Progress
 from shapes import Shapes, open_dataset
 from subsets import Subset, k_shot_subset, lists_folder, select_classes
 from weights import WeightsError, load_classifier
-
-VOC_NOVEL = {1: ("bird", "bus", "cow", "motorbike", "sofa"),
-             2: ("aeroplane", "bottle", "cow", "horse", "sofa"),
-             3: ("boat", "cat", "motorbike", "sheep", "sofa")}
-
 
 # ---------------------------------------------------------------------------------------------- schedules
 
@@ -109,11 +106,12 @@ class Calibration:
     `evaluate.evaluate` calls it between detecting and scoring. detections.json, the metrics and the drawings
     have the calibrated scores; metrics.json keeps the metrics before it under "before_calibration".
     net: (image, boxes) -> features, see `defrcn.CalibrationNet`; it runs on all shots at once here. support:
-    the shots. novel: names of the classes that are calibrated.
+    the shots. novel: names of the classes that are calibrated. alpha, window: see `defrcn.calibrate`.
     """
 
-    def __init__(self, net: torch.nn.Module, support: DetectionDataset, novel: list[str], place: Place):
-        self.net, self.place = net.to(place.device), place
+    def __init__(self, net: torch.nn.Module, support: DetectionDataset, novel: list[str], place: Place,
+                 alpha: float = CALIBRATION_ALPHA, window: tuple[float, float] = CALIBRATION_WINDOW):
+        self.net, self.place, self.alpha, self.window = net.to(place.device), place, alpha, tuple(window)
         # DIFFERS: the official code sends the boxes of the shots through the detector's resizing and back,
         # with one ratio for both axes. That moves them by up to 0.1 %. Here they keep their place.
         features, labels = [], []
@@ -133,12 +131,12 @@ class Calibration:
         return self.net(image.to(self.place.device), boxes)
 
     def __call__(self, dataset: DetectionDataset, results: list[dict]) -> list[dict]:
-        """Results in COCO format with calibrated scores, sorted by image, best score first.
+        """Results in COCO format with calibrated scores, in no particular order.
 
         Images are split over the ranks; every rank returns all results.
         """
         label_of, index_of = dataset.label_of_category(), dataset.index_of_image()
-        low, high = CALIBRATION_WINDOW
+        low, high = self.window
         unchanged, found_in = [], {}
         for result in results:
             if low < result["score"] <= high:
@@ -155,11 +153,10 @@ class Calibration:
             features = self._features(dataset, index_of[image_id], boxes)
             labels = torch.tensor([label_of[result["category_id"]] for result in found], device=device)
             scores = torch.tensor([result["score"] for result in found], device=device)
-            scores = calibrate(scores, labels, features, self.prototypes, self.excluded)
-            changed += [{**result, "score": round(score, 6)} for result, score in
-                        zip(found, scores.tolist())]
-        changed = sum(gather_objects(changed, self.place.world), [])
-        return sorted(unchanged + changed, key=lambda r: (index_of[r["image_id"]], -r["score"]))
+            scores = calibrate(scores, labels, features, self.prototypes, self.excluded, self.alpha,
+                               self.window)
+            changed += [{**result, "score": score} for result, score in zip(found, scores.tolist())]
+        return unchanged + sum(gather_objects(changed, self.place.world), [])
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -173,11 +170,8 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
     `evaluate.evaluate`. Raises DataError and WeightsError.
     """
     novel = args.novel_classes = novel_names(train_set, args.voc_split, args.novel_classes)
-    if args.stage == "novel" and args.init and checkpoint["args"].get("stage") == "base":
-        seen = set(novel) & set(checkpoint["names"])
-        if seen:
-            raise DataError(f"{args.init} was trained on {', '.join(sorted(seen))} as base classes: they "
-                            f"cannot be novel (its own: {', '.join(checkpoint['args']['novel_classes'])})")
+    if args.stage == "novel" and args.init:
+        _check_base_classes(checkpoint, train_set.names, novel)
     names = stage_names(train_set.names, novel, args.stage, args.generalized)
     print0(f"{args.stage} stage: {', '.join(names)} (novel classes: {', '.join(novel)})")
     if val_set is not None:
@@ -193,6 +187,52 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, train_set: Detect
     return train_set, val_set, _scoring(vars(args), names, net, lambda: train_set, place)
 
 
+def _check_base_classes(checkpoint: dict, names: list[str], novel: list[str]):
+    """Raises DataError if a checkpoint of --init has seen novel classes, or if its classes are a wrong guess.
+
+    checkpoint: from `read_checkpoint`. names: all classes of the data.
+    """
+    path, stage, foreign = checkpoint["path"], checkpoint["args"].get("stage"), "format" in checkpoint
+    if foreign and checkpoint["names"] == list(COCO_NOVEL) and not set(COCO_NOVEL) <= set(names):
+        raise DataError(f"{path}: its 20 classes were taken for COCO's novel ones, which the data have not. "
+                        f"Name them with --voc-split or --classes")
+    seen = ", ".join(name for name in novel if name in checkpoint["names"])
+    if seen and foreign:
+        raise DataError(f"{path} has the novel classes {seen}: give the checkpoint of the base stage, from "
+                        f"before a surgery")
+    if seen and stage != "novel":
+        own = f" (its own: {', '.join(checkpoint['args']['novel_classes'])})" if stage else ""
+        raise DataError(f"{path} was trained on {seen} as base classes: they cannot be novel{own}")
+
+
+def calibrated_stage(trained: dict, names: list[str], path: str, args: argparse.Namespace) -> dict:
+    """Arguments of a novel stage for a DeFRCN of another code base, so that its results can be calibrated.
+
+    trained, names: arguments and classes of the checkpoint at `path`. args: of evaluate.py. A checkpoint of
+    --stage novel has its own. Raises DataError if there is nothing to calibrate, or not enough is known.
+    """
+    if trained["stage"] == "novel" and not args.shots:
+        return trained
+    if trained["stage"] or trained["model"] != "defrcn" or trained["data"] is not None:
+        raise DataError(f"{path}: --pcb-weights and --shots calibrate a DeFRCN of another code base, or one "
+                        f"of --stage novel, which knows its shots")
+    if not args.shots:
+        raise DataError(f"{path}: was not trained here, so --pcb-weights needs its shots: --shots K "
+                        f"--shot-seed N")
+    data = args.data or "."
+    split = args.train_split or (default_splits(data)[0] if not args.train_json else "")
+    source = open_dataset(data, split, args.train_json, args.train_images)
+    published = novel_names(source, args.voc_split or 1)
+    novel = [name for name in names if name in published]
+    if not novel:
+        raise DataError(f"{path}: none of its classes is novel ({', '.join(published)})")
+    return {**trained, "stage": "novel", "data": data, "train_split": split, "train_json": args.train_json,
+            "train_images": args.train_images, "shots": args.shots, "shot_seed": args.shot_seed,
+            "seed": args.shot_seed, "shot_lists": None, "novel_classes": novel,
+            "generalized": len(novel) < len(names), "pcb_weights": args.pcb_weights or "resnet101",
+            **dict.fromkeys(ABLATION_ARGS)}
+
+
 def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: str | None,
                        scored_on: str) -> dict:
     """`scoring` for `evaluate.evaluate` of a checkpoint of a few-shot stage.
@@ -202,8 +242,10 @@ def checkpoint_scoring(args: dict, names: list[str], place: Place, pcb_weights: 
     """
     def shots():
         source = open_dataset(args["data"], args["train_split"], args["train_json"], args["train_images"])
-        return k_shot_subset(source, names, args["shots"], args["shot_seed"],
-                             lists_folder(args, source.voc), None)
+        subset = k_shot_subset(source, names, args["shots"], args["shot_seed"],
+                               lists_folder(args, source.voc), None)
+        print0("\n".join(subset.notes))
+        return subset
 
     net = _calibration_net(args, pcb_weights or args["pcb_weights"], required=bool(pcb_weights))
     return _scoring({**args, "data": scored_on}, names, net, shots, place)
@@ -232,66 +274,18 @@ def _scoring(args: dict, names: list[str], net: CalibrationNet | None, shots, pl
     novel = args["novel_classes"]
     info = {"novel": novel, "fpn": args.get("fpn", False) and args["model"] == "faster_rcnn",
             "decouple": [args["rpn_grad_scale"], args["roi_grad_scale"]] if args["decouple"] else None,
+            **{key: args[key] for key in ABLATION_ARGS if args[key] is not None},
             **{key: args[key] for key in ("stage", "data", "model", "backbone", "cosine", "shots", "seed",
                                           "shot_seed", "generalized")}}
     members = {"n": [name for name in names if name in novel],
                "b": [name for name in names if name not in novel]}
 
     def calibrate_results(dataset: DetectionDataset, results: list[dict]) -> list[dict]:
-        return Calibration(net, shots(), novel, place)(dataset, results)
+        alpha = CALIBRATION_ALPHA if args["pcb_alpha"] is None else args["pcb_alpha"]
+        window = args["pcb_window"] or CALIBRATION_WINDOW
+        return Calibration(net, shots(), novel, place, alpha, window)(dataset, results)
 
     return {"groups": ClassGroups("few_shot", info, members), "calibrate": calibrate_results if net else None}
-
-
-# ---------------------------------------------------------------------------------------------- table
-
-# Runs that differ in one setting are in different rows.
-SETTING_KEYS = ("data", "novel", "model", "fpn", "backbone", "cosine", "decouple", "calibrated",
-                "generalized", "shots")
-TABLE_KEYS = ("nAP", "nAP50", "nAP75", "nAP50_VOC07", "bAP", "bAP50", "bAP50_VOC07", "AP")
-
-
-def aggregate(runs: list[dict]) -> list[dict]:
-    """Mean and 95 % confidence interval over seeds, one row per setting.
-
-    runs: contents of metrics.json files. The interval is 1.96 standard deviations (of the population, as TFA
-    computes it) over the square root of the number of runs. Raises DataError for a run without few-shot
-    scores, and for two runs of a setting with the same seed.
-    """
-    runs_of = {}
-    for run in runs:
-        if not isinstance(run, dict) or run.get("few_shot", {}).get("stage") != "novel":
-            raise DataError("a run has no scores of --stage novel: there is nothing to aggregate")
-        *words, shots = (run["few_shot"].get(key, False) for key in SETTING_KEYS)
-        runs_of.setdefault((*map(str, words), shots), []).append(run)
-    rows = []
-    for _, members in sorted(runs_of.items()):
-        row = {key: members[0]["few_shot"].get(key, False) for key in SETTING_KEYS}
-        row["seeds"] = sorted(m["few_shot"]["seed"] for m in members)
-        if len(set(row["seeds"])) < len(members):
-            raise DataError(f"several runs of {row['model']} with {row['shots']} shots have the same seed: "
-                            f"{row['seeds']}")
-        for key in TABLE_KEYS:
-            values = [m["few_shot"].get(key) if key != "AP" else m["AP"] for m in members]
-            if None not in values:
-                row[key] = [float(np.mean(values)), float(1.96 * np.std(values) / np.sqrt(len(values)))]
-        rows.append(row)
-    return rows
-
-
-def aggregate_table(rows: list[dict]) -> str:
-    """The rows of `aggregate` as text, in percent."""
-    keys = [key for key in TABLE_KEYS if any(key in row for row in rows)]
-    lines = [f"{'data':16} {'novel':20} {'model':12} {'scales':8} {'setting':7} shots runs  "
-             + "  ".join(f"{key:>13}" for key in keys)]
-    for row in rows:
-        cells = [f"{100 * row[key][0]:6.2f} ± {100 * row[key][1]:4.2f}" if key in row else "" for key in keys]
-        setting = "gFSOD" if row["generalized"] else "FSOD"
-        scales = "{:g}, {:g}".format(*row["decouple"]) if row["decouple"] else "none"
-        lines.append(f"{row['data'][-16:]:16} {','.join(row['novel'])[:20]:20} {row['model']:12} {scales:8} "
-                     f"{setting:7} {row['shots']:5} {len(row['seeds']):4}  "
-                     + "  ".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- script
@@ -309,11 +303,12 @@ def add_class_arguments(parser: argparse.ArgumentParser):
 
 def convert_checkpoint(args: argparse.Namespace):
     """Writes a checkpoint from which a novel stage can start: its predictor has their classes ("surgery")."""
-    checkpoint = read_checkpoint(args.init)
+    dataset = open_dataset(args.data, args.split, args.json, args.image_dir)
+    voc_split = args.voc_split if dataset.voc else None
+    checkpoint = read_checkpoint(args.init, False, None, voc_split)
     if checkpoint["args"]["model"] not in ("defrcn", "faster_rcnn"):
         raise WeightsError(f"{args.init}: is a checkpoint of --model {checkpoint['args']['model']}; few-shot "
                            f"stages belong to defrcn and faster_rcnn")
-    dataset = open_dataset(args.data, args.split, args.json, args.image_dir)
     novel = novel_names(dataset, args.voc_split, args.novel_classes)
     names = stage_names(dataset.names, novel, "novel", args.generalized)
     settings = {**checkpoint["args"], "stage": "novel", "shots": None, "generalized": args.generalized,
@@ -328,26 +323,12 @@ def convert_checkpoint(args: argparse.Namespace):
     print(f"{args.init} for {len(names)} classes is {args.out}")
 
 
-def read_metrics(folder: Path) -> dict:
-    """metrics.json of a run. Raises DataError that names the file."""
-    try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'metrics.json'}: cannot be read ({error})") from error
-
-
-def aggregate_runs(args: argparse.Namespace):
-    """Prints the table of runs, and writes it to --out."""
-    rows = aggregate([read_metrics(folder) for folder in args.runs])
-    print(aggregate_table(rows))
-    if args.out:
-        make_folder(args.out)
-        write_json(args.out / "aggregate.json", rows)
-
-
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="aggregate | convert")
+    commands = parser.add_subparsers(required=True, metavar="run | aggregate | convert")
+    run = commands.add_parser("run", help="fine-tunings for all shots and seeds, and their table")
+    add_run_arguments(run)
+    run.set_defaults(run=run_protocol)
     table = commands.add_parser("aggregate", help="mean and 95 %% interval over seeds")
     table.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders with metrics.json")
     table.add_argument("--out", type=Path, help="folder for aggregate.json")

@@ -14,7 +14,7 @@ from runtime import print0
 
 # The twelve lines of pycocotools' summary.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-VOC_IOU = 0.5  # a detection matches an object from this IoU on
+VOC_IOUS = tuple(iou / 100 for iou in range(50, 100, 5))  # a detection matches an object from this IoU on
 
 
 class ClassGroups(NamedTuple):
@@ -28,8 +28,9 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
     """Scores detections in COCO result format and prints the tables.
 
     Returns the METRICS in 0..1, None where the dataset has no object of that size, and {class name: AP} as
-    "per_class", "per_class_AP50" and "per_class_AP75". VOC data also get "AP50_VOC07" (11-point), "AP50_VOC"
-    (all-point) and both per class. Raises DataError for a malformed detection or an unknown id.
+    "per_class", "per_class_AP50" and "per_class_AP75". VOC data also get "AP50_VOC" (all-point), "AP50_VOC07"
+    (11-point), and as published for few-shot detection "AP75_VOC07" and "AP_VOC07", the mean over COCO's ten
+    IoUs; all of them also per class. Raises DataError for a malformed detection or an unknown id.
     """
     _check_results(dataset, results)
     if not results:
@@ -37,9 +38,9 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
     metrics = _coco_scores(dataset, results)
     columns = {"AP": metrics["per_class"]}
     if dataset.voc:
-        for key, eleven_point in (("AP50_VOC07", True), ("AP50_VOC", False)):
-            columns[key] = metrics[f"per_class_{key}"] = voc_ap50(dataset, results, eleven_point)
-            metrics[key] = _mean(columns[key].values())
+        for key, by_class in voc_scores(dataset, results).items():
+            metrics[f"per_class_{key}"], metrics[key] = by_class, _mean(by_class.values())
+        columns |= {key: metrics[f"per_class_{key}"] for key in ("AP50_VOC07", "AP50_VOC")}
     width = max(map(len, dataset.names))
     print0(f"{'class':{width}}  " + "  ".join(f"{key:>10}" for key in columns))
     for name in dataset.names:
@@ -52,14 +53,13 @@ def score(dataset: DetectionDataset, results: list[dict]) -> dict:
 
 
 def group_means(metrics: dict, groups: dict[str, list[str]]) -> dict[str, float | None]:
-    """Mean AP, AP50 and AP75 over groups of classes; on VOC data also AP50_VOC07, the published measure.
+    """Mean AP, AP50 and AP75 over groups of classes, on VOC data also as VOC07 computes them, as published.
 
     metrics: what `score` returned. groups: {prefix: class names}; {"n": novel, "b": base} gives nAP, nAP50,
     ..., bAP, .... Classes without objects do not count; the mean of no class is None.
     """
     columns = {"AP": "per_class", "AP50": "per_class_AP50", "AP75": "per_class_AP75"}
-    if "per_class_AP50_VOC07" in metrics:
-        columns["AP50_VOC07"] = "per_class_AP50_VOC07"
+    columns |= {f"{key}_VOC07": f"per_class_{key}_VOC07" for key in columns if f"{key}_VOC07" in metrics}
     means = {}
     for prefix, names in groups.items():
         for key, column in columns.items():
@@ -164,38 +164,61 @@ def _coco_scores(dataset: DetectionDataset, results: list[dict]) -> dict:
 
 # ---------------------------------------------------------------------------------------------- VOC
 
-def voc_ap50(dataset: DetectionDataset, results: list[dict], eleven_point: bool) -> dict[str, float | None]:
-    """Pascal VOC's AP50 of every class; None for a class without objects.
+def voc_scores(dataset: DetectionDataset, results: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Pascal VOC's APs, {measure: {class name: AP}}; None for a class without objects.
 
-    eleven_point: True takes the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC07), False takes
-    the area under the precision envelope (VOC10 and later). Detections are taken best score first. Each can
-    match the object that it overlaps most, with an IoU of at least VOC_IOU. A second match of an object is a
-    false positive; a match of a difficult object does not count. The IoU equals that of the devkit, which
-    counts pixels.
+    AP50_VOC07, AP75_VOC07 and AP_VOC07 (mean over VOC_IOUS) take the mean of the best precision at recall
+    >= 0, 0.1, ..., 1. AP50_VOC (VOC10 and later) is the area under the precision envelope.
     """
-    index_of, by_category = dataset.index_of_image(), {category: [] for category in dataset.category_ids}
+    scores = {key: {} for key in ("AP50_VOC07", "AP50_VOC", "AP75_VOC07", "AP_VOC07")}
+    by_category = {category: [] for category in dataset.category_ids}
     for result in results:
         by_category[result["category_id"]].append(result)
-    average = {}
     for label, name in enumerate(dataset.names):
-        is_class = dataset.classes == label
-        num_objects = int((is_class & ~dataset.difficult).sum())
-        found, hits = set(), []  # rows of objects that have been detected; 1 true positive, 0 false positive
-        for result in sorted(by_category[dataset.category_ids[label]], key=lambda r: -r["score"]):
-            in_image = dataset.box_slice(index_of[result["image_id"]])
-            rows = in_image.start + np.flatnonzero(is_class[in_image])
-            x, y, w, h = result["bbox"]
-            ious = iou_with(np.array([x, y, x + w, y + h]), dataset.boxes[rows])
-            best = int(ious.argmax()) if len(rows) else -1
-            if best < 0 or ious[best] < VOC_IOU:
-                hits.append(0)
-            elif not dataset.difficult[rows[best]]:
-                hits.append(int(rows[best] not in found))
-                found.add(rows[best])
-        true_positives = np.cumsum(hits)
-        recall, precision = true_positives / max(1, num_objects), true_positives / np.arange(1, len(hits) + 1)
-        average[name] = _average_precision(recall, precision, eleven_point) if num_objects else None
-    return average
+        matches = _voc_matches(dataset, label, by_category[dataset.category_ids[label]])
+        num_objects = int(((dataset.classes == label) & ~dataset.difficult).sum())
+        curves = [_precision_recall(*matches, dataset.difficult, num_objects, iou) for iou in VOC_IOUS]
+        eleven = [_average_precision(*curve, eleven_point=True) for curve in curves]
+        area = _average_precision(*curves[0], eleven_point=False)
+        for by_class, value in zip(scores.values(), (eleven[0], area, eleven[5], np.mean(eleven))):
+            by_class[name] = float(value) if num_objects else None
+    return scores
+
+
+def _voc_matches(dataset: DetectionDataset, label: int, results: list[dict]) -> tuple[list[int], list[float]]:
+    """For every detection of one class, best score first: the object that it overlaps most, and their IoU.
+
+    The object is a row of the dataset, -1 if its image has none of the class. The IoU equals that of the
+    devkit, which counts pixels.
+    """
+    index_of, is_class, rows, ious = dataset.index_of_image(), dataset.classes == label, [], []
+    for result in sorted(results, key=lambda r: -r["score"]):
+        in_image = dataset.box_slice(index_of[result["image_id"]])
+        objects = in_image.start + np.flatnonzero(is_class[in_image])
+        x, y, w, h = result["bbox"]
+        overlaps = iou_with(np.array([x, y, x + w, y + h]), dataset.boxes[objects])
+        best = int(overlaps.argmax()) if len(objects) else -1
+        rows.append(int(objects[best]) if len(objects) else -1)
+        ious.append(float(overlaps[best]) if len(objects) else 0.0)
+    return rows, ious
+
+
+def _precision_recall(rows: list[int], ious: list[float], difficult: np.ndarray, num_objects: int,
+                      min_iou: float) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision after every detection of one class, see `_voc_matches`.
+
+    A detection is right if its IoU is at least min_iou. A second match of an object is wrong; a match of a
+    difficult object does not count.
+    """
+    found, hits = set(), []
+    for row, iou in zip(rows, ious):
+        if row < 0 or iou < min_iou:
+            hits.append(0)
+        elif not difficult[row]:
+            hits.append(int(row not in found))
+            found.add(row)
+    true_positives = np.cumsum(hits)
+    return true_positives / max(1, num_objects), true_positives / np.arange(1, len(hits) + 1)
 
 
 def iou_with(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -15,7 +15,14 @@ from augment import AUGMENTATIONS
 from backbone import ARCHITECTURES
 from checkpoint import MODEL_ARGS, read_checkpoint
 from data import MAX_WORKERS
-from defrcn import POOL_SIZE, ROI_GRAD_SCALE_BASE, ROI_GRAD_SCALE_NOVEL, ROI_GRAD_SCALE_VOC, RPN_GRAD_SCALE
+from defrcn import (
+    PARTS,
+    POOL_SIZE,
+    ROI_GRAD_SCALE_BASE,
+    ROI_GRAD_SCALE_NOVEL,
+    ROI_GRAD_SCALE_VOC,
+    RPN_GRAD_SCALE,
+)
 from faster_rcnn import POOL_SIZE as POOL_SIZE_FPN
 from faster_rcnn import POOL_SIZE_C4, POST_NMS_TOP_K, POST_NMS_TOP_K_C4, ROI_SAMPLES
 from fewshot import add_class_arguments
@@ -65,8 +72,12 @@ RECIPES = {
 C4_FORM = {"warmup_steps": 1000, "warmup_factor": 1e-3, "min_size": [640, 672, 704, 736, 768, 800],
            "pool_size": POOL_SIZE_C4, "proposals": list(POST_NMS_TOP_K_C4)}
 NOVEL_STAGE = {"lr": 0.01, "warmup_steps": 0, "roi_grad_scale": ROI_GRAD_SCALE_NOVEL}
-FEW_SHOT_VOC = {"base": {"use_difficult": True},
-                "novel": {"use_difficult": True, "roi_grad_scale": ROI_GRAD_SCALE_VOC}}
+VOC_SIZES = list(range(480, 801, 32))  # short sides, px
+FEW_SHOT_VOC = {"base": {"use_difficult": True, "min_size": VOC_SIZES, "warmup_steps": 100},
+                "novel": {"use_difficult": True, "min_size": VOC_SIZES, "roi_grad_scale": ROI_GRAD_SCALE_VOC}}
+# What the novel stage takes from the checkpoint of the base stage, and the data, if none are given.
+BASE_ARGS = ("min_size", "max_size", "novel_classes", "voc_split")
+DATA_ARGS = ("data", "train_split", "val_split", "train_json", "train_images", "val_json", "val_images")
 SHAPES = {"backbone": "resnet18", "weights": "none", "fpn_channels": 64, "min_size": [128], "max_size": 128,
           "train_split": "train", "val_split": "val", "schedule": "s1x", "batch_size": 8, "warmup_steps": 50,
           "pcb_weights": "none"}
@@ -95,7 +106,9 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     layers = [("command line", given)]
     if checkpoint:
         saved = {key: value for key, value in checkpoint["args"].items() if value is not None}
-        kept = set(saved) - {"resume", "init", "out"} if "resume" in given else MODEL_ARGS
+        kept = set(saved) - {"resume", "init", "out"} if "resume" in given else set(MODEL_ARGS)
+        if "init" in given and given.get("stage") == "novel" and saved.get("stage") == "base":
+            kept |= {*BASE_ARGS, *(() if {"data", "train_json"} & set(given) else DATA_ARGS)}
         layers.append((str(checkpoint["path"]), {key: saved[key] for key in kept if key in saved}))
 
     def value(name: str):
@@ -199,6 +212,13 @@ def make_parser(default) -> Parser:
     add_class_arguments(few)
     few.add_argument("--shot-lists", type=Path, help="folder of published lists, or none to sample shots")
     few.add_argument("--pcb-weights", help="ResNet-101 of the calibration: none, a file, or resnet101")
+    few.add_argument("--pcb-alpha", type=float, help="weight of the detector's score in it (default: 0.5)")
+    few.add_argument("--pcb-window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                     help="scores that it changes (default: 0.05 1)")
+    few.add_argument("--train-only", nargs="+", choices=tuple(PARTS), metavar="PART",
+                     help=f"only these parts train: {', '.join(PARTS)} (TFA: predictor)")
+    few.add_argument("--cls-dropout", type=float, help="before DeFRCN's classifier (default: 0.8, base: 0)")
+    few.add_argument("--cosine-scale", type=float, help="factor of the cosines of --cosine (default: 20)")
     _add_run_arguments(parser)
     return parser
 
@@ -225,6 +245,8 @@ def _add_run_arguments(parser: Parser):
     run("--out", type=Path, help="default: runs/MODEL, with the form and the stage")
     run("--seed", type=int, help="default: 0")
     run("--init", help="start from the weights of this checkpoint; other classes get a new head")
+    run("--classes", metavar="NAME,NAME", type=lambda text: text.split(","),
+        help="class names of an --init that does not name them, in the order of its labels")
     run("--resume", nargs="?", const="last",
         help="continue OUT/last.pth, or the file given, with its arguments; those given here override them")
     run("--log-every", type=int, help="steps between log lines (default: 20)")
@@ -251,7 +273,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
             raise WeightsError(f"{path}: holds weights but no training to go on with: give it as --init")
         given |= {"resume": Path(path), "out": given.get("out", Path(path).parent)}
     elif "init" in given:
-        checkpoint = read_checkpoint(given["init"])
+        checkpoint = read_checkpoint(given["init"], False, given.get("classes"), voc_split_of(given))
     if checkpoint and given.get("model", checkpoint["args"]["model"]) != checkpoint["args"]["model"]:
         parser.error(f"{checkpoint['path']} is a checkpoint of --model {checkpoint['args']['model']}, not "
                      f"{given['model']}")
@@ -267,12 +289,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     return args, checkpoint
 
 
+def voc_split_of(given: dict) -> int | None:
+    """The few-shot split of VOC that the command line asks for, by name or by VOC data; None without."""
+    data = Path(given.get("data", ""))
+    is_voc = "data" in given and "train_json" not in given and data.is_dir() and layout(data) == "voc"
+    return given.get("voc_split", DEFAULTS["voc_split"] if is_voc else None)
+
+
 def run_name(args: dict) -> str:
     """Folder of a run under runs/: the model and its form, the few-shot stage."""
     c4 = "c4" if args["model"] == "faster_rcnn" and not args["fpn"] else None
     parts = [args["model"], {"anchor": "anchor", "both": "joint"}.get(args["fsaf_branch"]), c4, args["stage"]]
     if args["stage"] == "novel":
-        parts += ["all" if args["generalized"] else None, f"{args['shots']}shot", f"seed{args['seed']}"]
+        own_list = args["shot_seed"] == args["seed"]
+        parts += ["all" if args["generalized"] else None, f"{args['shots']}shot", f"seed{args['seed']}",
+                  None if own_list else f"list{args['shot_seed']}"]
     return "_".join(filter(None, parts))
 
 
@@ -285,10 +316,11 @@ def recipe_table(args: argparse.Namespace, sources: dict) -> str:
 
 # Arguments that must not be negative, and arguments that must be positive. One that is not used is None.
 NOT_NEGATIVE = ("seed", "shot_seed", "workers", "clip", "weight_decay", "warmup_steps", "warmup_factor",
-                "pictures", "skip_broken", "rpn_grad_scale", "roi_grad_scale")
+                "pictures", "skip_broken", "rpn_grad_scale", "roi_grad_scale", "pcb_alpha", "pcb_window",
+                "cls_dropout")
 POSITIVE = ("batch_size", "max_size", "lr", "save_every", "log_every", "fpn_channels", "micro_batch",
             "max_steps", "epochs", "eval_every", "shots", "roi_samples", "pool_size", "min_size", "pad_to",
-            "proposals")
+            "proposals", "cosine_scale")
 
 
 def _check(parser: Parser, args: argparse.Namespace):
@@ -318,8 +350,12 @@ def _check(parser: Parser, args: argparse.Namespace):
             (novel != bool(args.shots), "--stage novel and --shots K belong together"),
             (novel and not (args.init or args.resume),
              "--stage novel fine-tunes: give the base stage's checkpoint with --init"),
-            (args.model == "faster_rcnn" and args.rpn_grad_scale is not None,
-             "--rpn-grad-scale belongs to --model defrcn"),
+            (args.model == "faster_rcnn" and (args.rpn_grad_scale, args.cls_dropout) != (None, None),
+             "--rpn-grad-scale and --cls-dropout belong to --model defrcn"),
+            (args.cosine_scale and not args.cosine, "--cosine-scale belongs to --cosine"),
+            (args.train_only and not novel, "--train-only belongs to --stage novel"),
+            (max(args.pcb_alpha or 0, args.cls_dropout or 0, *(args.pcb_window or [0])) > 1,
+             "--pcb-alpha, --pcb-window and --cls-dropout are at most 1"),
             (args.model not in ("faster_rcnn", "defrcn") and not args.fpn,
              "--c4 is a form of Faster R-CNN: give --model faster_rcnn"),
             (args.model != "fcos" and args.original, "--original is a form of FCOS: give --model fcos"),
@@ -345,7 +381,7 @@ def _check_saved(parser: Parser, checkpoint: dict | None):
         value = saved.get(action.dest)
         kind = (int, float) if action.type is float else int if action.type is int else str
         kind = bool if action.nargs == 0 and action.const in (True, False, None) else kind
-        takes_list = action.nargs in ("+", 2) or action.dest == "novel_classes"
+        takes_list = action.nargs in ("+", 2) or action.dest in ("novel_classes", "classes")
         values = value if takes_list and isinstance(value, (list, tuple)) else [value]
         if value is not None and not all(isinstance(v, kind) and (not action.choices or v in action.choices)
                                          for v in values):

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 import fewshot
 from checkpoint import build_model, load_init
 from data import (
+    WINDOW,
     DataError,
     DetectionDataset,
     TrainBatchSampler,
@@ -46,7 +47,7 @@ from data import (
     ignore_signals,
     shape_buckets,
 )
-from defrcn import Affine
+from defrcn import Affine, train_only
 from evaluate import EvalSettings, evaluate
 from ops import HUGE
 from recipes import REFERENCE_BATCH, VERIFY_BELOW, parse_args
@@ -251,6 +252,8 @@ def make_model(args: argparse.Namespace, checkpoint: dict | None, names: list[st
         if not torch.allclose(std, model.pixel_std):
             model.pixel_mean.copy_(mean)
             model.pixel_std.copy_(std)
+    if args.train_only:
+        train_only(model, args.train_only)
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
                       for every in (True, False))
     form = (" with FPN" if args.fpn else " on C4") if args.model == "faster_rcnn" else ""
@@ -311,7 +314,8 @@ def main():
     if args.stage:
         train_set, val_set, scoring = fewshot.prepare(args, checkpoint, train_set, val_set, place)
     indices = training_indices(args, train_set, val_set, place)
-    sampler = TrainBatchSampler(train_set, indices, args.batch_size, args.seed, rank, world, accumulate)
+    sampler = TrainBatchSampler(train_set, indices, args.batch_size, args.seed, rank, world, accumulate,
+                                window=1 if args.stage == "novel" else WINDOW)
     schedule = make_schedule(args, sampler.steps_per_epoch)
     shapes = input_shapes(args, train_set, device)
 

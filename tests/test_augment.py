@@ -64,14 +64,14 @@ def test_colours_change_and_places_do_not():
     assert len(seen) > 15
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone():
+def test_samples_depend_on_the_seed_and_the_draw_alone():
     dataset = open_dataset("shapes", "val")
     both = TrainSamples(dataset, [96, 128], 128, seed=5, augment=("crop", "colour"))
     again = TrainSamples(dataset, [96, 128], 128, seed=5, augment=("crop", "colour"))
     plain = TrainSamples(dataset, [96, 128], 128, seed=5)
     changed = 0
-    for epoch, index in ((3, 7), (0, 1), (1, 1), (2, 4), (0, 9), (4, 9)):
-        ours, theirs, unchanged = both[epoch, index], again[epoch, index], plain[epoch, index]
+    for draw, index in ((3, 7), (0, 1), (1, 1), (2, 4), (0, 9), (4, 9)):
+        ours, theirs, unchanged = both[draw, index], again[draw, index], plain[draw, index]
         assert all(np.array_equal(ours[key], theirs[key]) for key in ("image", "boxes", "labels"))
         height, width = ours["image"].shape[:2]
         assert (ours["boxes"] > -1e-3).all() and (ours["boxes"] < np.array([width, height] * 2) + 1e-3).all()

@@ -22,6 +22,19 @@ def test_boxes_and_targets_are_drawn(in_process, tmp_path):
     assert "heart" in out and "2 drawings in out" in out and (tmp_path / "out" / "1_targets.png").exists()
 
 
+def test_shots_are_drawn_in_a_row_per_class(in_process, mistake, tmp_path):
+    out = in_process(browse.main, "--shots", 3, "--shot-seed", 1, "--out", "out")
+    assert "3 shots per class, seed 1, sampled: 6 boxes" in out and "drawn in out/shots.png" in out
+    sheet = np.asarray(Image.open(tmp_path / "out" / "shots.png"))
+    tops = []
+    for label in range(2):  # of the novel classes
+        own = (sheet == class_colour(label)).all(axis=2)
+        assert all(column.sum() > 50 for column in np.array_split(own, 3, axis=1))
+        tops.append(np.flatnonzero(own.any(axis=1))[[0, -1]])
+    assert tops[0][1] < tops[1][0]  # one row above the other
+    assert "no tail; they have" in mistake(browse.main, "--shots", 1, "--novel-classes", "tail")
+
+
 def test_each_level_has_a_panel_and_dots_only_where_points_are_positive():
     dataset = open_dataset("shapes", "val")
     empty = int(np.flatnonzero(np.diff(dataset.box_offsets) == 0)[0])

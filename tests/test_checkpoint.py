@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from checkpoint import build_model, load_init, load_model, read_checkpoint, save_checkpoint
+from checkpoint import ABLATION_ARGS, build_model, load_init, load_model, read_checkpoint, save_checkpoint
 from convert import TorchvisionFasterRCNN, TorchvisionFCOS, TorchvisionRetinaNet
 from defrcn import CLS_DROPOUT, ROI_GRAD_SCALE_BASE, DeFRCN
 from faster_rcnn import FasterRCNN
@@ -19,7 +19,7 @@ ARGS = {"model": "fcos", "backbone": "resnet18", "caffe": False, "norm": "batch"
         "fpn": True, "min_size": [128], "max_size": 128, "data": "shapes", "train_split": "train",
         "val_split": "val", **dict.fromkeys(("train_json", "train_images", "val_json", "val_images", "pad_to",
                                              "pcb_weights", "shot_lists", "shots", "shot_seed",
-                                             "generalized", "novel_classes"))}
+                                             "generalized", "novel_classes", *ABLATION_ARGS))}
 RCNN = {"model": "faster_rcnn", "fpn": True, "decouple": False}
 MODELS = {
     "fcos": (FCOS, {}),

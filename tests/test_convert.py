@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from helpers import GOLDEN
 
 import convert
@@ -491,12 +492,42 @@ def test_tensors_outside_the_detector_are_listed(tmp_path):
     assert "left out 1 tensors without a place here: mask_head.weight" in notes[1]
 
 
-def test_a_checkpoint_after_the_official_surgery_is_sent_back(tmp_path):
-    state = as_theirs(DeFRCN(5, **BASIC), detectron2_c4)
-    state = {key: value for key, value in state.items() if "box_predictor" not in key}
-    torch.save({"model": state}, tmp_path / "remove.pth")
-    with pytest.raises(WeightsError, match="remove.pth.*without a predictor.*--init does it"):
-        read_checkpoint(tmp_path / "remove.pth")
+def test_a_training_starts_from_a_detector_without_a_predictor(tmp_path, capsys):
+    torch.manual_seed(0)
+    theirs = filled(DeFRCN(5, **BASIC))
+    state = {key: v for key, v in as_theirs(theirs, detectron2_c4).items() if "box_predictor" not in key}
+    torch.save({"model": state}, tmp_path / "model_reset_remove.pth")
+    read = read_checkpoint(tmp_path / "model_reset_remove.pth")
+    assert read["names"] == [] and not any(key.startswith("predictor.") for key in read["model"])
+    mine = DeFRCN(2, **BASIC)
+    load_init(mine, read, ["a", "b"])
+    assert torch.equal(mine.rpn.conv.weight, theirs.rpn.conv.weight)
+    out = capsys.readouterr().out
+    assert "an official DeFRCN, resnet18, 0 classes, without a predictor" in out and "new are a, b" in out
+    with pytest.raises(WeightsError, match="remove.pth: has no predictor.*train.py --init"):
+        load_model(tmp_path / "model_reset_remove.pth")
+
+
+@pytest.mark.parametrize(("count", "split", "first", "last"), [
+    (15, 1, "aeroplane", "tvmonitor"), (15, 2, "bicycle", "tvmonitor"), (20, 1, "aeroplane", "sofa"),
+    (20, 3, "aeroplane", "sofa"), (5, 3, "boat", "sofa"), (80, 1, "person", "toothbrush")])
+def test_official_voc_detectors_have_the_classes_of_their_split(tmp_path, count, split, first, last):
+    torch.save({"model": as_theirs(DeFRCN(count, **BASIC), detectron2_c4)}, tmp_path / "x.pth")
+    read = read_checkpoint(tmp_path / "x.pth", voc_split=split)
+    assert len(read["names"]) == count and (read["names"][0], read["names"][-1]) == (first, last)
+    assert "taken for" in read["notes"][0]
+    golden = SHARED / "golden" / "fewshot_data.json"
+    if count < 80 and golden.is_file():
+        parts = json.loads(golden.read_text())["voc_classes"][str(split)]
+        assert read["names"] == parts[{15: "base", 20: "all", 5: "novel"}[count]]
+
+
+def test_classes_that_the_number_does_not_tell(tmp_path):
+    for count, remark in ((15, "VOC's base classes? Then give --voc-split"), (20, "VOC's: give --voc-split")):
+        torch.save({"model": as_theirs(DeFRCN(count, **BASIC), detectron2_c4)}, tmp_path / "x.pth")
+        assert remark in read_checkpoint(tmp_path / "x.pth")["notes"][0]
+    read = read_checkpoint(tmp_path / "x.pth", classes=[f"thing {i}" for i in range(20)])
+    assert read["names"][3] == "thing 3" and read["named"]
 
 
 # ---------------------------------------------------------------------------- scoring, training

@@ -2,6 +2,7 @@
 import json
 import pickle
 import shutil
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -513,13 +514,13 @@ def test_batches_are_padded_at_the_right_and_bottom(coco):
 
 def test_a_few_sizes_hold_every_batch():
     dataset = open_dataset("shapes", "val")
-    assert data.shape_buckets(dataset, 128, 128) == [(96, 128), (128, 96)]
+    assert data.shape_buckets(dataset, 128, 128) == [(96, 128), (128, 96), (128, 128)]
     dataset.sizes = np.array([(480, 640), (640, 480), (427, 640), (375, 500), (640, 640), (200, 640)])
     # At 800/1333: 800 x 1067, 800 x 1199, 800 x 1067, 800 x 800, 417 x 1333. From 800 to 1333 in four steps,
     # 933, 1067, 1200, 1333, up to the next multiple of 32.
     wide = [(800, 960), (800, 1088), (800, 1216), (800, 1344)]
     buckets = data.shape_buckets(dataset, 800, 1333)
-    assert sorted(buckets) == sorted(wide + [(width, height) for height, width in wide])
+    assert sorted(buckets) == sorted(wide + [(width, height) for height, width in wide] + [(1344, 1344)])
     assert buckets[:2] == [(800, 960), (960, 800)]  # the first that fits is the smallest
     for height, width in dataset.sizes:
         height, width = data.resized_shape(height, width, 800, 1333)
@@ -543,14 +544,84 @@ def test_ranks_and_micro_batches_share_out_the_same_images():
             assert seen == whole[step]
 
 
-def test_an_epoch_shows_every_image_and_each_step_one_aspect_ratio_group():
+def draws(dataset, **kwargs):
+    """(steps, batch_size, 2): position and image index of every draw."""
+    return np.array(steps(dataset, **kwargs))
+
+
+def test_every_draw_is_made_once_and_an_epoch_draws_every_image_once():
     dataset = open_dataset("shapes", "val")
-    sampler = TrainBatchSampler(dataset, np.arange(200), 8, seed=3)
-    epoch = sampler.epoch(0)
-    assert len(epoch) == sampler.steps_per_epoch and set(epoch.flatten()) == set(range(200))
+    for window in (1, 4, 32):
+        drawn = draws(dataset, batch_size=8, seed=3, stop=96, window=window).reshape(-1, 2)
+        drawn = drawn[drawn[:, 0].argsort()]
+        assert drawn[:, 0].tolist() == list(range(96 * 8))
+        epochs = [drawn[start:start + 200, 1].tolist() for start in range(0, 600, 200)]
+        assert all(sorted(epoch) == list(range(200)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert np.array_equal(drawn[:200, 1], np.array(epochs[0]))
+    other_seed, ours = (draws(dataset, batch_size=8, seed=seed, stop=9) for seed in (4, 3))
+    assert not np.array_equal(other_seed, ours)
+
+
+def test_steps_hold_one_orientation_but_for_one_in_a_window():
+    dataset = open_dataset("shapes", "val")
     wide = dataset.sizes[:, 1] >= dataset.sizes[:, 0]
-    assert all(len(set(wide[step])) == 1 for step in epoch) and 0 < wide.sum() < 200
-    assert not np.array_equal(epoch, sampler.epoch(1)) and np.array_equal(epoch, sampler.epoch(0))
+    assert 50 < wide.sum() < 150
+    share = wide[draws(dataset, batch_size=8, stop=96)[..., 1]].mean(axis=1).reshape(3, 32)
+    assert (((share > 0) & (share < 1)).sum(axis=1) <= 1).all()
+    assert ((share == 1).sum(axis=1) > 8).all() and (np.diff(share, axis=1) > 0).any()  # not sorted any more
+    # A window of one step: wide images first, so that few micro-batches hold both orientations.
+    for step in wide[draws(dataset, batch_size=8, stop=20, window=1)[..., 1]]:
+        assert sorted(step, reverse=True) == step.tolist()
+
+
+def published_draws(wide, steps, seed, devices=8):
+    """Images of every step as detectron2 draws them.
+
+    Every device takes every 8th draw of one endless sequence of permutations, into a bucket for each
+    orientation. A bucket with two images leaves as a pair.
+    """
+
+    def endless():
+        rng = np.random.default_rng(seed)
+        while True:
+            yield from rng.permutation(len(wide))
+
+    def pairs(device):
+        buckets = {True: [], False: []}
+        for index in islice(endless(), device, None, devices):
+            bucket = buckets[bool(wide[index])]
+            bucket.append(index)
+            if len(bucket) == 2:
+                yield list(bucket)
+                bucket.clear()
+
+    loaders = [pairs(device) for device in range(devices)]
+    return np.array([sum((next(loader) for loader in loaders), []) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("images", [5, 20, 40, 200])
+def test_few_images_are_drawn_as_the_published_code_draws_them(images):
+    dataset = open_dataset("shapes", "val")
+    indices = np.arange(images)
+    dataset.sizes[indices] = [(30, 40) if i % 5 else (40, 30) for i in indices]  # a fifth is tall
+    wide = dataset.sizes[indices, 1] >= dataset.sizes[indices, 0]
+    theirs = published_draws(wide, 600, seed=1)
+    ours = np.array(list(TrainBatchSampler(dataset, indices, 16, seed=1, stop=600, window=1)))
+    counts = [np.bincount(drawn.ravel(), minlength=images) for drawn in (ours[..., 1], theirs)]
+    assert counts[0].max() - counts[0].min() <= 1  # uniform
+    assert np.abs(counts[1] - 600 * 16 / images).max() < 30
+    # Share of tall images in a step: the same mean, and never a step of tall images alone.
+    tall = [(~wide)[drawn].mean(axis=1) for drawn in (ours[..., 1], theirs)]
+    assert tall[0].mean() == pytest.approx(0.2, abs=0.001) and tall[1].mean() == pytest.approx(0.2, abs=0.01)
+    assert max(t.max() for t in tall) < 0.8
+    distinct = [np.mean([len(set(step)) for step in drawn.tolist()]) for drawn in (ours[..., 1], theirs)]
+    assert distinct[0] == pytest.approx(distinct[1], rel=0.15)
+    # Copies of an image in a step have flips and sizes of their own.
+    samples = TrainSamples(dataset, [30, 36, 40, 44, 48, 52], 90, seed=1)
+    if images == 5:
+        views = {(index, *load.shape[:2]) for position, index in ours[0].tolist()
+                 for load in [samples[position, index]["image"]]}
+        assert len(views) > 8
 
 
 def test_a_restart_continues_the_stream():
@@ -561,8 +632,8 @@ def test_a_restart_continues_the_stream():
 
 def test_a_set_smaller_than_the_batch_is_repeated(coco):
     dataset = open_folder(coco(), "train2017")
-    assert (sorted(i for _, i in steps(dataset, batch_size=4, start=0, stop=2)[0])
-            in ([0, 0, 2, 2], [1, 1, 1, 1]))
+    drawn = sorted(i for step in steps(dataset, batch_size=4, stop=3, window=1) for _, i in step)
+    assert drawn == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_detection_batches_hold_images_of_one_size_and_every_image_once(coco):
@@ -575,12 +646,12 @@ def test_detection_batches_hold_images_of_one_size_and_every_image_once(coco):
     assert [len(batches) for batches in ranks] == [2, 1]
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone():
+def test_augmentation_depends_on_the_seed_and_the_draw_alone():
     dataset = open_dataset("shapes", "val")
     samples = TrainSamples(dataset, [64, 96, 128], 256, seed=5)
-    assert all(np.array_equal(samples[(e, 3)]["image"], samples[(e, 3)]["image"]) for e in range(4))
-    assert {min(samples[(e, 3)]["image"].shape[:2]) for e in range(12)} == {64, 96, 128}
+    assert all(np.array_equal(samples[e, 3]["image"], samples[e, 3]["image"]) for e in range(4))
+    assert {min(samples[e, 3]["image"].shape[:2]) for e in range(12)} == {64, 96, 128}
     one_size = TrainSamples(dataset, [96], 256, seed=5)
     plain = load_sample(dataset, 3, 96, 256)["image"]
-    images = {one_size[(e, 3)]["image"].tobytes() for e in range(12)}
+    images = {one_size[e, 3]["image"].tobytes() for e in range(12)}
     assert images == {plain.tobytes(), plain[:, ::-1].tobytes()}

@@ -25,6 +25,7 @@ from defrcn import (
     calibrate,
     class_prototypes,
     scale_gradient,
+    train_only,
     transfer_class_rows,
 )
 from weights import WeightsError
@@ -199,3 +200,35 @@ def test_losses_are_float32_and_finite_under_autocast():
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     # Rank 1 has no object. With random weights the losses are large sums that cancel: rounding is 3e-3.
     assert_two_ranks_equal_one(small_defrcn, small_batch((3, 0)), tmp_path, rtol=1e-2)
+
+
+# ---------------------------------------------------------------------------- ablations
+
+@pytest.mark.parametrize(("parts", "trained"), [
+    (["predictor"], {"predictor.cls_score.weight", "predictor.cls_score.bias", "predictor.deltas.weight",
+                     "predictor.deltas.bias"}),
+    (["rpn"], {f"rpn.{layer}.{kind}" for layer in ("conv", "objectness", "deltas")
+               for kind in ("weight", "bias")} | {"affine_rpn.weight", "affine_rpn.bias"})])
+def test_only_the_named_parts_train(parts, trained):
+    model = small_two_stage(DeFRCN)
+    train_only(model, parts)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_res5_and_backbone_are_parts_of_their_own():
+    model = small_two_stage(DeFRCN)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    train_only(model, ["res5", "backbone"])
+    after = {name for name, p in model.named_parameters() if p.requires_grad}
+    others = ("predictor.", "rpn.", "affine_rpn.")
+    assert before - after == {name for name in before if name.startswith(others)}
+    assert any(name.startswith("backbone.layer4") for name in after) and "affine_roi.weight" in after
+
+
+def test_the_scale_of_the_cosine_classifier():
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    layer, tripled = CosineClassifier(8, 4), CosineClassifier(8, 4, scale=60.0)
+    torch.nn.init.normal_(layer.weight)
+    tripled.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(tripled(x), 3 * layer(x))

@@ -28,6 +28,21 @@ def test_drawings_show_objects_and_detections(tmp_path):
     assert (drawn == class_colour(0)).all(axis=-1).any() and not (drawn == class_colour(1)).all(axis=-1).any()
 
 
+def test_the_classes_of_a_group_have_one_colour(tmp_path):
+    dataset = open_dataset("shapes", "val")
+    results = [{"image_id": 1, "category_id": category, "bbox": [20.0 * category, 20, 15, 15], "score": 0.9}
+               for category in (1, 2, 3)]
+
+    def colours(groups):
+        draw_detections(dataset, results, tmp_path, 1, groups=groups)
+        drawn = np.asarray(Image.open(tmp_path / "1.png"))
+        return [bool((drawn == class_colour(label)).all(axis=-1).any()) for label in range(3)]
+
+    disc, *others = dataset.names
+    assert colours(None) == colours([dataset.names, []]) == [True, True, True]
+    assert colours([[disc], others]) == [True, True, False]
+
+
 def test_ids_with_folders_become_file_names():
     assert file_name("set/a b.JPG") == "set_a_b" and file_name("v1.2") == "v1.2" and file_name(7) == "7"
 

@@ -9,7 +9,7 @@ LAYERS = (("ops", "runtime", "augment", "safe_pickle"),
            "runlog", "onnx_model"),
           ("fcos", "fsaf", "faster_rcnn", "weights"),
           ("defrcn", "convert"),
-          ("checkpoint", "fewshot"),
+          ("checkpoint", "protocol", "fewshot"),
           ("evaluate", "recipes", "resume"),
           ("train", "peers"),
           ("browse", "export", "benchmark"))
@@ -17,7 +17,8 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {("layouts", "data"), ("yolo", "data"), ("yolo", "layouts"), ("shapes", "data"),
                   ("shapes", "layouts"), ("shapes", "yolo"), ("subsets", "data"), ("metrics", "data"),
                   ("analysis", "data"), ("analysis", "metrics"),
-                  ("draw", "data"), ("runlog", "draw"), ("convert", "defrcn"), ("fewshot", "checkpoint")}
+                  ("draw", "data"), ("runlog", "draw"), ("convert", "defrcn"), ("fewshot", "checkpoint"),
+                  ("protocol", "checkpoint"), ("fewshot", "protocol")}
 # The files that people copy: no files, no command line, no other code base.
 ALGORITHMS = ("ops", "backbone", "fcos", "fsaf", "faster_rcnn", "defrcn")
 COPIED_TOGETHER = {"fcos": {"backbone", "ops"}, "fsaf": {"backbone", "ops"},

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import DataError, DetectionDataset
-from metrics import METRICS, group_means, read_results, score, shown, voc_ap50
+from metrics import METRICS, group_means, read_results, score, shown, voc_scores
 from shapes import open_dataset
 
 
@@ -146,11 +146,12 @@ def test_voc_ap_by_hand():
                found(11, [40, 0, 60, 10], 0.5)]      # IoU exactly 0.5: hit, precision 3/5, recall 1
     # Area under the envelope: 1/3 * 1 + 1/3 * 2/3 + 1/3 * 3/5 = 34/45. Eleven points: 4 of them (0 .. 0.3) at
     # 1, 3 (0.4 .. 0.6) at 2/3, 4 (0.7 .. 1) at 3/5.
-    assert voc_ap50(dataset, results, eleven_point=False)["a"] == pytest.approx(34 / 45)
-    assert voc_ap50(dataset, results, eleven_point=True)["a"] == pytest.approx((4 + 2 + 12 / 5) / 11)
     metrics = score(dataset, results)
-    assert metrics["AP50_VOC"] == pytest.approx(34 / 45)
-    assert metrics["AP50_VOC07"] == pytest.approx(8.4 / 11)
+    assert metrics["AP50_VOC"] == metrics["per_class_AP50_VOC"]["a"] == pytest.approx(34 / 45)
+    assert metrics["AP50_VOC07"] == pytest.approx((4 + 2 + 12 / 5) / 11)
+    # At the six IoUs from 0.55 to 0.8 the last detection is wrong, at the three from 0.85 on the fourth too.
+    assert metrics["AP75_VOC07"] == pytest.approx((4 + 2) / 11)
+    assert metrics["AP_VOC07"] == pytest.approx((8.4 + 6 * 6 + 3 * 4) / 11 / 10)
 
 
 def test_voc_scores_equal_the_published_evaluator(tmp_path):
@@ -173,10 +174,11 @@ def test_voc_scores_equal_the_published_evaluator(tmp_path):
     for result in results:  # back from pixels counted from 1
         result["bbox"] = [result["bbox"][0] - 1, result["bbox"][1] - 1,
                           result["bbox"][2] + 1, result["bbox"][3] + 1]
-    average = voc_ap50(dataset, results, eleven_point=True)
     # It counts a class without objects as 0; the other eleven of the twenty must agree.
-    values = [value for value in average.values() if value is not None]
-    assert 100 * sum(values) / 20 == pytest.approx(expected["result"]["AP50"], abs=1e-9) and len(values) == 11
+    for key in ("AP", "AP50", "AP75"):
+        values = [v for v in voc_scores(dataset, results)[f"{key}_VOC07"].values() if v is not None]
+        assert len(values) == 11
+        assert 100 * sum(values) / 20 == pytest.approx(expected["result"][key], abs=1e-9)
 
 
 # ---------------------------------------------------------------------------- groups of classes, files
@@ -188,7 +190,7 @@ def test_novel_and_base_scores_are_means_over_their_classes():
     assert list(means) == ["nAP", "nAP50", "nAP75", "bAP", "bAP50", "bAP75"]
     assert means["nAP"] == pytest.approx(0.65) and means["bAP50"] == pytest.approx(0.2)
     assert group_means(metrics, {"n": list(per_class), "b": []})["bAP"] is None
-    metrics["per_class_AP50_VOC07"] = {**per_class, "a": 0.6}
+    metrics |= {"AP50_VOC07": 0.5, "per_class_AP50_VOC07": {**per_class, "a": 0.6}}
     means = group_means(metrics, {"n": ["b"], "b": ["a"]})
     assert means["nAP50_VOC07"] == pytest.approx(0.4) and means["bAP50_VOC07"] == pytest.approx(0.6)
     assert shown(0.65) == "0.6500" and shown(None) == "n/a"

@@ -22,7 +22,7 @@ PAGES = {path: path.read_text(encoding="utf-8")
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 # The words after the script's name that select a parser.
 SCRIPTS = {"train": [[]], "evaluate": [[]], "browse": [[]], "export": [[]], "benchmark": [[]],
-           "fewshot": [["aggregate"], ["convert"]]}
+           "fewshot": [["run"], ["aggregate"], ["convert"]]}
 FOREIGN_FLAGS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",  # torchrun
                  "--framework", "--model", "--output", "--input_shape", "--soc_version",  # atc
                  "--data_path", "--device_id", "--npu-ids", "--opt-level", "--cfg-options",  # ports

@@ -5,7 +5,7 @@ import pytest
 from conftest import write_checkpoint
 
 from recipes import parse_args as parse
-from recipes import resolve
+from recipes import resolve, voc_split_of
 from train import make_schedule
 
 
@@ -65,10 +65,36 @@ def test_voc_data_change_the_few_shot_stages(tmp_path):
     names = list(vars(parse_args([])))
     values, sources = resolve(given, None, names)
     assert (values["roi_grad_scale"], values["use_difficult"]) == (0.001, True)
+    assert values["min_size"] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    assert resolve({**given, "stage": "base"}, None, names)[0]["warmup_steps"] == 100
     assert sources["roi_grad_scale"] == "published recipe, few-shot on VOC"
     assert (values["schedule_steps"], values["schedule_drops"]) == (4000, (3200,))
     values, _ = resolve({**given, "data": "coco"}, None, names)
     assert (values["roi_grad_scale"], values["use_difficult"]) == (0.01, False)
+
+
+def test_the_novel_stage_goes_on_with_data_and_sizes_of_the_base_stage(tmp_path):
+    (tmp_path / "VOC2007").mkdir()
+    names = list(vars(parse_args([])))
+    base = resolve({"data": str(tmp_path), "model": "defrcn", "stage": "base", "min_size": [300],
+                    "voc_split": 2, "train_split": "2007_train"}, None, names)[0]
+    checkpoint = {"path": "base.pth", "args": base}
+    novel = {"model": "defrcn", "stage": "novel", "shots": 1, "init": "base.pth"}
+    values, sources = resolve(novel, checkpoint, names)
+    assert [values[key] for key in ("data", "train_split", "min_size", "voc_split")] == [
+        str(tmp_path), "2007_train", [300], 2] and sources["min_size"] == "base.pth"
+    assert values["roi_grad_scale"] == 0.001  # the recipe of the data that are taken over
+    values, _ = resolve({**novel, "data": "coco", "min_size": [400]}, checkpoint, names)
+    assert (values["data"], values["train_split"], values["min_size"]) == ("coco", "train2017", [400])
+    values, _ = resolve({"model": "defrcn", "init": "base.pth"}, checkpoint, names)  # any other training
+    assert values["data"] == "shapes" and values["min_size"] == [160]
+
+
+def test_voc_data_name_the_split_of_an_init(tmp_path):
+    (tmp_path / "VOC2007").mkdir()
+    voc = {"data": str(tmp_path)}
+    assert [voc_split_of(given) for given in ({}, voc, {**voc, "voc_split": 3}, {"voc_split": 2},
+                                              {**voc, "train_json": "x"})] == [None, 1, 3, 2, None]
 
 
 @pytest.mark.parametrize(("words", "message"), [

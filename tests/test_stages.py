@@ -4,9 +4,12 @@ import json
 import pytest
 import torch
 from conftest import train_small, write_checkpoint
+from test_convert import BASIC, as_theirs, detectron2_c4, filled
 
+import evaluate
 import fewshot
 import train
+from defrcn import DeFRCN
 
 TINY = ("train.py", "--device", "cpu", "--batch-size", 2, "--workers", 1, "--log-every", 1,
         "--model", "defrcn", "--roi-samples", 4, "--proposals", 10, 5, "--min-size", 96, "--max-size", 128)
@@ -90,8 +93,68 @@ def test_generalized_fine_tuning_scores_base_and_novel_classes(base, script, tmp
             == json.loads((run / "metrics.json").read_text())["few_shot"])
 
 
+def test_an_ablation_trains_what_it_names_and_is_in_the_scores(base, in_process, tmp_path):
+    in_process(train.main, *TINY[1:], "--stage", "novel", "--shots", 1, "--init", base, "--train-only",
+               "predictor", "--cls-dropout", 0.5, "--max-steps", 2, "--pictures", 0, "--out", "a")
+    before, after = (torch.load(path, weights_only=True)["model"] for path in (base, tmp_path / "a/last.pth"))
+    changed = {key for key in after if key in before and after[key].shape == before[key].shape
+               and not torch.equal(after[key], before[key])}
+    assert all(key.startswith("predictor.") for key in changed)
+    few_shot = json.loads((tmp_path / "a" / "metrics.json").read_text())["few_shot"]
+    assert few_shot["train_only"] == ["predictor"] and few_shot["cls_dropout"] == 0.5
+    assert "pcb_alpha" not in few_shot
+    out = in_process(fewshot.main, "aggregate", "a")
+    assert "train_only ['predictor']  cls_dropout 0.5" in out
+
+
+class MeanColour(torch.nn.Module):
+    """Stands in for the ImageNet classifier: the mean colour inside a box describes it."""
+
+    def forward(self, image, boxes):
+        return torch.stack([image[:, int(y1):max(int(y2), int(y1) + 1), int(x1):max(int(x2), int(x1) + 1)]
+                            .float().mean(dim=(1, 2)) for x1, y1, x2, y2 in boxes.tolist()])
+
+
+def test_a_foreign_checkpoint_is_calibrated_with_the_shots_that_are_named(in_process, mistake, tmp_path,
+                                                                          monkeypatch):
+    torch.manual_seed(0)
+    theirs = filled(DeFRCN(2, **BASIC))
+    torch.save({"model": as_theirs(theirs, detectron2_c4)}, tmp_path / "official.pth")
+    monkeypatch.setattr(fewshot, "CalibrationNet", MeanColour)
+    monkeypatch.setattr(fewshot, "load_classifier", lambda net, path: None)
+    words = ("--ckpt", "official.pth", "--data", "shapes", "--classes", "arrow,heart", "--device", "cpu",
+             "--min-size", 96, "--max-size", 128, "--proposals", 20, "--pictures", 0)
+    calibrate = ("--pcb-weights", "r101.pth", "--shots", 1, "--shot-seed", 3)
+    out = in_process(evaluate.main, *words, *calibrate)
+    assert "1 shots per class, seed 3, sampled" in out and "after the prototypical calibration" in out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    few_shot = metrics["few_shot"]
+    assert [few_shot[key] for key in ("calibrated", "shots", "shot_seed", "novel")] == [
+        True, 1, 3, ["arrow", "heart"]]
+    assert metrics["before_calibration"]["few_shot"]["nAP"] is not None
+
+
+    def scores():
+        found = json.loads((tmp_path / "detections.json").read_text())
+        return {tuple(result["bbox"]): result["score"] for result in found}
+
+    calibrated = scores()
+    in_process(evaluate.main, *words)
+    plain = scores()
+    assert set(plain) == set(calibrated)
+    assert any(abs(plain[box] - score) > 1e-3 for box, score in calibrated.items())
+
+    line = mistake(evaluate.main, *words, "--pcb-weights", "r101.pth")
+    assert "official.pth: was not trained here, so --pcb-weights needs its shots: --shots K" in line
+    base = [word if word != "arrow,heart" else "disc,ring" for word in words]
+    assert "none of its classes is novel (arrow, heart)" in mistake(evaluate.main, *base, *calibrate)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--model", "fcos", "--stage", "base"], "belong to --model defrcn or faster_rcnn"),
+    (["--train-only", "predictor"], "--train-only belongs to --stage novel"),
+    (["--cosine-scale", "5"], "--cosine-scale belongs to --cosine"),
+    (["--pcb-alpha", "1.5"], "at most 1"),
     (["--roi-grad-scale", "nan"], "--roi-grad-scale must not be negative"),
     (["--stage", "novel", "--shots", "1", "--init", "BASE", "--novel-classes", "disc"],
      "was trained on disc as base classes"),
