@@ -31,7 +31,7 @@ import fsaf
 from augment import AUGMENTATIONS
 from checkpoint import load_model
 from data import DetectionDataset, TrainSamples, collate, load_sample
-from draw import class_colour, draw_box, draw_runs, enlarge, file_name
+from draw import class_colour, draw_box, draw_runs, enlarge, file_names
 from evaluate import choose_dataset
 from faster_rcnn import FasterRCNN, rpn_proposals
 from fewshot import add_class_arguments, novel_names, stage_names
@@ -334,8 +334,8 @@ def main():
         draw_shots(shots).save(args.out / "shots.png")
         return print("\n".join([*shots.notes, f"drawn in {args.out / 'shots.png'}"]))
     count, selected = min(args.count, len(dataset)), []
-    for index in range(count):
-        path = args.out / file_name(dataset.image_ids[index])
+    for index, name in enumerate(file_names(dataset.image_ids[:count].tolist())):
+        path = args.out / name
         if args.augment:
             image = draw_augmented(dataset, index, min_size, max_size, args.augment)
             image.save(f"{path}_augmented.png")

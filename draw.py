@@ -28,11 +28,11 @@ def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path
         group_of = {name: number for number, names in enumerate(groups) for name in names}
         colours = [class_colour(group_of[name]) for name in dataset.names]
     label_of = dataset.label_of_category()
-    by_image, used = {}, set()
+    by_image, names = {}, file_names(dataset.image_ids[:count].tolist())
     for result in results:
         if result["score"] >= threshold:
             by_image.setdefault(result["image_id"], []).append(result)
-    for i in range(min(count, len(dataset))):
+    for i, name in enumerate(names):
         image, zoom = enlarge(dataset.image(i))
         canvas = ImageDraw.Draw(image)
         for x1, y1, x2, y2 in (dataset.boxes[dataset.box_slice(i)] * zoom).tolist():
@@ -45,11 +45,7 @@ def draw_detections(dataset: DetectionDataset, results: list[dict], folder: Path
             x, y, w, h = (v * zoom for v in result["bbox"])
             draw_box(canvas, (x, y, x + w, y + h), colours[label],
                      f"{dataset.names[label]} {result['score']:.2f}")
-        name, suffix = file_name(image_id), ".png" if zoom > 1 else ".jpg"
-        while (key := f"{name}{suffix}".lower()) in used:  # "a/b" and "a_b", or "A" and "a"
-            name += "_"
-        used.add(key)
-        image.save(folder / f"{name}{suffix}")
+        image.save(folder / f"{name}{'.png' if zoom > 1 else '.jpg'}")
 
 
 def draw_errors(dataset: DetectionDataset, worst: list, folder: Path):
@@ -104,6 +100,18 @@ def file_name(image_id: int | str) -> str:
     path = Path(str(image_id))
     path = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path
     return re.sub(r"[^\w.-]", "_", str(path))
+
+
+def file_names(image_ids: list) -> list[str]:
+    """`file_name` of every id. Where two ids would share a file, such as a/b and a_b, one gets a "_" more."""
+    names, used = [], set()
+    for image_id in image_ids:
+        name = file_name(image_id)
+        while name.lower() in used:  # a file system may not tell A from a
+            name += "_"
+        used.add(name.lower())
+        names.append(name)
+    return names
 
 
 # ---------------------------------------------------------------------------------------------- curves

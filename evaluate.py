@@ -276,15 +276,7 @@ def parse_args() -> argparse.Namespace:
                      help="score the proposals of a two-stage detector, not its detections")
     run.add_argument("--out", type=Path, help="default: the folder of the checkpoint or detections file")
     run.add_argument("--pictures", type=int, default=8, help="draw the first N images (default: 8)")
-    few = parser.add_argument_group("few-shot (a checkpoint of train.py knows all but the first)")
-    few.add_argument("--pcb-weights", help="ImageNet ResNet-101 of DeFRCN's calibration: a file, resnet101 "
-                                           "for torchvision's, or none (default: the checkpoint's)")
-    few.add_argument("--voc-split", type=int, choices=tuple(VOC_NOVEL), help="VOC's classes of --ckpt")
-    few.add_argument("--shots", type=int, metavar="K", help="calibrate with the list of K shots per class")
-    few.add_argument("--shot-seed", type=int, default=0, help="number of that list (default: 0)")
-    few.add_argument("--train-split", help="split that holds the shots (default: that of the layout)")
-    few.add_argument("--train-json", help="COCO-format file that holds them, with --train-images")
-    few.add_argument("--train-images", help="image folder of --train-json")
+    _add_few_shot_arguments(parser)
     args = parser.parse_args()
     has_data = args.data or args.json
     if bool(args.ckpt or args.onnx) == bool(args.detections) or args.detections and not has_data:
@@ -307,6 +299,18 @@ def parse_args() -> argparse.Namespace:
     if (args.workers or 0) > MAX_WORKERS:
         parser.error(f"--workers must be at most {MAX_WORKERS}, not {args.workers}")
     return args
+
+
+def _add_few_shot_arguments(parser: Parser):
+    few = parser.add_argument_group("few-shot (a checkpoint of train.py knows all but the first)")
+    few.add_argument("--pcb-weights", help="ImageNet ResNet-101 of DeFRCN's calibration: a file, resnet101 "
+                                           "for torchvision's, or none (default: the checkpoint's)")
+    few.add_argument("--voc-split", type=int, choices=tuple(VOC_NOVEL), help="VOC's classes of --ckpt")
+    few.add_argument("--shots", type=int, metavar="K", help="calibrate with the list of K shots per class")
+    few.add_argument("--shot-seed", type=int, default=0, help="number of that list (default: 0)")
+    few.add_argument("--train-split", help="split that holds the shots (default: that of the layout)")
+    few.add_argument("--train-json", help="COCO-format file that holds them, with --train-images")
+    few.add_argument("--train-images", help="image folder of --train-json")
 
 
 def choose_dataset(args: argparse.Namespace, info: dict) -> DetectionDataset:

@@ -8,7 +8,7 @@ from PIL import Image
 
 import browse
 from data import DataError
-from draw import class_colour, draw_detections, draw_precision_recall, file_name
+from draw import class_colour, draw_detections, draw_precision_recall, file_name, file_names
 from shapes import open_dataset
 
 
@@ -45,6 +45,7 @@ def test_the_classes_of_a_group_have_one_colour(tmp_path):
 
 def test_ids_with_folders_become_file_names():
     assert file_name("set/a b.JPG") == "set_a_b" and file_name("v1.2") == "v1.2" and file_name(7) == "7"
+    assert file_names(["a.jpg", "A.png", "a/b", "a_b", 3]) == ["a", "A_", "a_b", "a_b_", "3"]
 
 
 def test_curves_of_runs_and_of_precision(tmp_path, in_process, mistake):
