@@ -52,9 +52,10 @@ def read_run(name: str, metrics) -> Run:
         run = Run(name, setting, few_shot["seed"], few_shot.get("shot_seed", few_shot["seed"]), scores,
                   metrics.get("per_class", {}))
         texts = [setting["data"], setting["model"], setting["backbone"], *setting["novel"]]
-        numbers = [*(setting["decouple"] or ()), *(value for value in scores.values() if value is not None)]
-        if not (all(isinstance(text, str) for text in texts) and len(setting["decouple"] or "12") == 2
-                and all(isinstance(number, (int, float)) for number in numbers)
+        scales, aps = setting["decouple"] or (0, 0), [ap for ap in scores.values() if ap is not None]
+        if not (all(isinstance(text, str) for text in texts) and len(scales) == 2
+                and all(isinstance(scale, (int, float)) and 0 <= scale < 1e9 for scale in scales)
+                and all(isinstance(ap, (int, float)) and 0 <= ap <= 1 for ap in aps)
                 and all(type(number) is int for number in (run.seed, run.shot_seed, setting["shots"]))):
             raise ValueError("an entry has an impossible value")
     return run

@@ -302,6 +302,7 @@ def test_losses_are_float32_and_finite_under_autocast(make):
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.slow
 def test_the_compiled_step_with_fpn_equals_the_eager_one():
     model, batch = small_fpn().train(), small_batch()
     compiled = torch.compile(model, backend="aot_eager", dynamic=False)

@@ -32,8 +32,8 @@ def fuzz(kinds, seed, count):
 
 
 @pytest.mark.parametrize(("kinds", "count"), [
-    ("pickles,archives,images,coco_files,voc_files,yolo_files,result_files,commands", 100),
-    ("checkpoints", 30)])
+    ("pickles,archives,images,coco_files,voc_files,yolo_files,result_files,metrics_files,commands", 100),
+    ("checkpoints", 15)])
 def test_random_damage_never_ends_in_a_traceback(kinds, count):
     done = fuzz(kinds, 0, count)
     assert done.returncode == 0, done.stdout

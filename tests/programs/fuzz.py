@@ -29,6 +29,7 @@ import export
 import fewshot
 import layouts
 import metrics
+import protocol
 import recipes
 import runtime
 import train
@@ -229,6 +230,21 @@ def result_files(folder: Path):
     return case
 
 
+def metrics_files(folder: Path):
+    few_shot = {"stage": "novel", "data": "coco", "model": "defrcn", "backbone": "resnet101", "cosine": False,
+                "novel": ["a", "b"], "decouple": [0.0, 0.01], "fpn": False, "calibrated": True, "shots": 5,
+                "generalized": False, "seed": 0, "shot_seed": 0, "nAP": 0.1, "nAP50": 0.2, "bAP": None}
+    whole = {"AP": 0.1, "per_class": {"a": 0.1, "b": None}, "few_shot": few_shot}
+    path = folder / "metrics.json"
+
+    def case(rng):
+        text = json.dumps(damaged(whole, rng) if rng.random() < 0.7 else whole, default=str).encode()
+        path.write_bytes(text if rng.random() < 0.7 else flipped(text, rng))
+        run = protocol.read_run(str(folder), protocol.read_metrics(folder))
+        protocol.aggregate_table(protocol.aggregate([run]))
+    return case
+
+
 def images(folder: Path):
     whole = {}
     for suffix in ("jpg", "png", "gif", "bmp", "webp", "tif"):
@@ -265,7 +281,8 @@ def commands(folder: Path):
 
 
 KINDS = {function.__name__: function for function in (
-    pickles, checkpoints, archives, coco_files, voc_files, yolo_files, result_files, images, commands)}
+    pickles, checkpoints, archives, coco_files, voc_files, yolo_files, result_files, metrics_files, images,
+    commands)}
 
 
 def fuzz(kind: str, seed: int, count: int) -> int:
