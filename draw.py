@@ -11,6 +11,7 @@ from runtime import blame
 
 ENLARGED = 512  # px; smaller images are drawn at a multiple of their size that fits in this
 GOLDEN_ANGLE = 0.381966  # as a fraction of the colour wheel
+DRAWABLE = 1e30  # larger numbers of a log are left out of its curves
 DRAW_THRESHOLD = 0.2  # detections with a lower score are not drawn
 
 
@@ -127,11 +128,12 @@ def _figure(rows: int, columns: int):
 
 
 def _numbers_of_log(path: Path) -> list[dict[str, float]]:
-    """The rows of log.jsonl, without what is not a number."""
+    """The rows of log.jsonl, without what is not a number that can be drawn."""
     if not path.is_file():
         raise DataError(f"{path.parent}: has no log.jsonl, so it is no run of train.py")
     with blame(path, DataError, "is no log of train.py"):
-        rows = [{key: value for key, value in json.loads(line).items() if isinstance(value, (int, float))}
+        rows = [{key: value for key, value in json.loads(line).items()
+                 if isinstance(value, (int, float)) and abs(value) < DRAWABLE}
                 for line in path.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "step" in row]
 

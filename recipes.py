@@ -386,6 +386,9 @@ def _check_saved(parser: Parser, checkpoint: dict | None):
         if value is not None and not all(isinstance(v, kind) and (not action.choices or v in action.choices)
                                          for v in values):
             raise ValueError(f"{action.dest} {str(value)[:40]!r}")
+    for name in ("bias_lr", "bias_decay"):  # of the recipes, not of the command line
+        if not isinstance(saved.get(name, 1.0), (int, float)):
+            raise ValueError(f"{name} {str(saved[name])[:40]!r}")
 
 
 def _is_positive(text: str) -> bool:

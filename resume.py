@@ -116,11 +116,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("the optimizer has other parameters")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    keys = {"momentum_buffer"}
-    if isinstance(optimizer, torch.optim.AdamW):
-        keys = {"step", "exp_avg", "exp_avg_sq"}
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    keys = {"step", "exp_avg", "exp_avg_sq"} if adamw else {"momentum_buffer"}
     for parameter, values in optimizer.state.items():
-        shapes = [value.shape for value in values.values() if value is not None]
+        # SGD has no buffer for a parameter without a gradient.
+        shapes = [value.shape for value in values.values() if adamw or value is not None]
         if set(values) != keys or not set(shapes) <= {parameter.shape, ()}:
             raise ValueError("the state of the optimizer does not fit its parameters")
 

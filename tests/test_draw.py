@@ -59,6 +59,10 @@ def test_curves_of_runs_and_of_precision(tmp_path, in_process, mistake):
     image = np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("RGB")).astype(int)
     for colour in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two
         assert (abs(image - colour).max(axis=-1) < 12).sum() > 100
+    rows[0] |= {"loss": 1e308, "cls": float("nan")}
+    rows[1]["skipped"] = 10 ** 400
+    (tmp_path / "b" / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))  # not drawn
+    assert "curves of 1 runs" in in_process(browse.main, "--log", "b", "--out", "out")
     assert "c: has no log.jsonl" in mistake(browse.main, "--log", "a", "c")
     for text in ("[1]", "no", '{"step": "x", "loss": [1]}\n{"step": 1}\n3'):
         (tmp_path / "b" / "log.jsonl").write_text(text)

@@ -291,3 +291,15 @@ def test_two_ranks_survive_one_without_objects(script, tmp_path):
                             "--max-steps", 3, "--no-eval", ranks=2, timeout=120)
     assert code == 0, err
     assert "step 3/3" in out and time.time() - started < 120
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda content: content["optimizer"]["state"][0].update(exp_avg=None), "the state of its training is"),
+    (lambda content: content["args"].update(bias_decay=[1]), "has arguments of no run")])
+def test_a_training_with_a_damaged_state_is_not_resumed(damage, message, in_process, mistake, tmp_path):
+    in_process(train.main, *TINY[1:-2], "--max-steps", 1, "--no-eval", "--out", "run")
+    content = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    damage(content)
+    torch.save(content, tmp_path / "run" / "last.pth")
+    line = mistake(train.main, "--resume", "run/last.pth", "--max-steps", 2)
+    assert "run/last.pth" in line and message in line
