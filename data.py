@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
 from augment import change_colours, random_crop
-from runtime import UserError
+from runtime import UserError, refuse_special
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 # gt_labels of a padding row and of a crowd region. A crowd is background in FCOS, RetinaNet and Faster R-CNN;
@@ -60,6 +60,7 @@ class DataError(UserError):
 def read_text(path: Path) -> str:
     """A text file of the user's. Raises DataError if it cannot be read or is not UTF-8."""
     try:
+        refuse_special(path)
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error})") from error

@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import DataError, DetectionDataset
+from data import DataError, DetectionDataset, read_text
 from runtime import print0
 
 # The twelve lines of pycocotools' summary.
@@ -80,8 +80,8 @@ def _mean(values) -> float | None:
 def read_results(path: Path) -> list[dict]:
     """Detections in COCO result format, from this program or any other. Raises DataError."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        results = json.loads(read_text(path))
+    except (DataError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as detections ({error})") from error
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise DataError(f"{path}: not COCO result format, a list of {{image_id, category_id, bbox, score}}")

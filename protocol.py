@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from checkpoint import ABLATION_ARGS, read_checkpoint
-from data import COCO_NOVEL, VOC_NOVEL, DataError
+from data import COCO_NOVEL, VOC_NOVEL, DataError, read_text
 from runlog import lock_folder
 
 # ---------------------------------------------------------------------------------------------- table
@@ -259,8 +259,9 @@ def _keep_settings(args: argparse.Namespace):
     """Writes protocol.json. Raises UserError if the folder holds runs of other settings."""
     path = args.out / "protocol.json"
     settings = {"base": str(args.base.resolve()), "generalized": args.generalized, "words": args.words}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise UserError(f"{path}: the runs there have other settings; give another --out")
+    with blame(path, what="does not say what the runs there are; give another --out"):
+        if path.exists() and json.loads(read_text(path)) != settings:
+            raise UserError(f"{path}: the runs there have other settings; give another --out")
     write_json(path, settings)
 
 
@@ -269,9 +270,9 @@ def is_trained(folder: Path) -> bool:
     if not (folder / "last.pth").exists():
         return False
     try:
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
         return any(row.get("eta_s") == 0 for row in rows)
-    except (OSError, ValueError, AttributeError):  # killed while it wrote a line
+    except (DataError, ValueError, AttributeError):  # killed while it wrote a line
         return False
 
 
@@ -323,8 +324,8 @@ def print_tables(args: argparse.Namespace, runs: list[Run]):
 def read_metrics(folder: Path) -> dict:
     """metrics.json of a run. Raises DataError that names the file."""
     try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_text(folder / "metrics.json"))
+    except (DataError, ValueError, RecursionError) as error:
         raise DataError(f"{folder / 'metrics.json'}: cannot be read ({error})") from error
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from draw import draw_runs
-from runtime import TEMPORARY, Place, UserError, atomic_write, copy_prints, print0
+from runtime import TEMPORARY, Place, UserError, atomic_write, copy_prints, print0, refuse_special
 
 
 def environment(place: Place) -> str:
@@ -170,6 +170,8 @@ def lock_folder(out: Path, place: Place):
     """
     if place.rank > 0:
         return
+    for name in (".lock", "log.jsonl", "log.txt", "last.pth", "best.pth", "metrics.json", "detections.json"):
+        refuse_special(out / name)
     file = open(out / ".lock", "w")
     _locks.append(file)  # closing it would release the lock
     try:

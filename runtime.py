@@ -208,6 +208,12 @@ def make_folder(path: Path):
         raise UserError(f"--out {path}: cannot be used as a folder ({error})") from error
 
 
+def refuse_special(path: Path | str):
+    """Raises OSError for a pipe or a device: to read or write it could wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(f"{path} is not a regular file")
+
+
 @contextmanager
 def atomic_write(path: Path):
     """A binary file that appears at `path` complete or not at all.

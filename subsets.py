@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataError, DetectionDataset
+from data import DataError, DetectionDataset, read_text
 
 SHOTS = (1, 2, 3, 5, 10, 30)  # K of the published lists; a list of K shots holds the list before it
 DRAWS = 1000  # draws without a fitting image before the sampling gives up
@@ -259,10 +259,10 @@ def _read_list(path: Path, source: DetectionDataset, name: str) -> list[int]:
 
     try:
         if source.voc:
-            for line in path.read_text(encoding="utf-8").split():
+            for line in read_text(path).split():
                 rows += rows_of(Path(line).stem).tolist()
             return rows
-        for annotation in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
+        for annotation in json.loads(read_text(path))["annotations"]:
             x, y, w, h = annotation["bbox"]
             candidates = rows_of(annotation["image_id"])
             same = candidates[np.abs(source.boxes[candidates] - (x, y, x + w, y + h)).max(axis=1) < 0.01]

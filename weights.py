@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ARCHITECTURES, BN_EPS, CAFFE_PIXELS, TORCHVISION_PIXELS, ResNet
-from runtime import UserError, blame
+from runtime import UserError, blame, refuse_special
 from safe_pickle import read_pickle
 
 # torchvision's IMAGENET1K_V1 files, from which the published detection recipes start. Each name ends in the
@@ -61,6 +61,7 @@ def read_file(path: str | Path):
     A file takes at most about three times its size in memory.
     """
     try:
+        refuse_special(path)
         if str(path).endswith(".pkl"):
             return read_pickle(path)
         _refuse_damaged_archive(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROGRAMS, ROOT, environment
+from conftest import PROGRAMS, ROOT, environment, train_small
 from PIL import Image
 
 import data
@@ -221,3 +221,20 @@ def test_ctrl_c_while_importing_is_one_line(script):
         run.send_signal(signal.SIGINT)
         out = run.communicate(timeout=60)[0]
         assert "Traceback" not in out and len(out.splitlines()) <= 1, out
+
+
+@pytest.mark.parametrize(("pipe", "words"), [
+    ("best.pth", ["train.py", "--resume", "run/last.pth", "--max-steps", 2]),
+    ("log.jsonl", ["train.py", "--resume", "run/last.pth", "--max-steps", 2]),
+    ("metrics.json", ["fewshot.py", "aggregate", "run"]),
+    ("detections.json", ["evaluate.py", "--detections", "run/detections.json", "--data", "shapes"]),
+    ("weights.pth", ["evaluate.py", "--ckpt", "run/weights.pth"])])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(pipe, words, script, tmp_path):
+    if words[0] == "train.py":
+        train_small(tmp_path / "run", "--max-steps", 1, "--batch-size", 2, "--log-every", 1)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / pipe).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / pipe)
+    more = ("--device", "cpu", "--workers", 0, "--pictures", 0) if words[0] == "train.py" else ()
+    code, _, err = script(*words, *more, timeout=120)
+    assert code == 1 and err.startswith("error: ") and f"run/{pipe}" in err and err.count("\n") == 1
