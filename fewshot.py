@@ -264,7 +264,7 @@ def _calibration_net(args: dict, weights: str, required: bool) -> CalibrationNet
     except WeightsError as error:
         if required:
             raise
-        print0(f"no prototypical calibration, scores will stay plain (--pcb-weights FILE): {error}")
+        print0(f"no prototypical calibration, scores will stay plain: {error}")
         return None
     return net
 

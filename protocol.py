@@ -41,6 +41,15 @@ class Run(NamedTuple):
     per_class: dict  # AP of every class
 
 
+def read_runs(name: str, metrics) -> list[Run]:
+    """The few-shot scores of a run: of its detections and, if they are calibrated, of the same ones before.
+
+    metrics: content of metrics.json. Raises DataError that names the run.
+    """
+    before = metrics.get("before_calibration") if isinstance(metrics, dict) else None
+    return [read_run(name, part) for part in (metrics, before) if part is not None]
+
+
 def read_run(name: str, metrics) -> Run:
     """The few-shot scores of a run. metrics: content of metrics.json. Raises DataError that names the run."""
     few_shot = metrics.get("few_shot") if isinstance(metrics, dict) else None
@@ -238,7 +247,7 @@ def run_protocol(args: argparse.Namespace):
             raise UserError(f"{folder}: ended before its last step; the same command goes on")
         if not is_scored(folder):  # it was interrupted while it was scored
             _call([*_script(args, "evaluate.py"), "--ckpt", str(last)], folder)
-    print_tables(args, [read_run(str(folder), read_metrics(folder)) for folder in commands])
+    print_tables(args, [run for folder in commands for run in read_runs(str(folder), read_metrics(folder))])
 
 
 def _training(args: argparse.Namespace, model: str, folder: Path, shots: int, seed: int) -> list[str]:
@@ -304,9 +313,10 @@ def _call(words: list[str], folder: Path):
 def print_tables(args: argparse.Namespace, runs: list[Run]):
     """Every run, means and intervals, published rows, forgetting."""
     keys = [key for key in TABLE_KEYS if all(run.scores[key] is not None for run in runs)]
-    print0(f"{'run':40} " + " ".join(f"{key:>11}" for key in keys))
+    print0(f"{'run':40} calibrated " + " ".join(f"{key:>11}" for key in keys))
     for run in runs:
-        print0(f"{run.name[-40:]:40} " + " ".join(f"{100 * run.scores[key]:11.2f}" for key in keys))
+        print0(f"{run.name[-40:]:40} {'yes' if run.setting['calibrated'] else 'no':10} "
+               + " ".join(f"{100 * run.scores[key]:11.2f}" for key in keys))
     rows = aggregate(runs)
     write_json(args.out / "aggregate.json", rows)
     print0(aggregate_table(rows))
@@ -331,7 +341,7 @@ def read_metrics(folder: Path) -> dict:
 
 def aggregate_runs(args: argparse.Namespace):
     """Prints the table of runs, and writes it to --out."""
-    rows = aggregate([read_run(str(folder), read_metrics(folder)) for folder in args.runs])
+    rows = aggregate([run for folder in args.runs for run in read_runs(str(folder), read_metrics(folder))])
     print(aggregate_table(rows))
     if args.out:
         make_folder(args.out)

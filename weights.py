@@ -257,7 +257,9 @@ def load_classifier(net: nn.Module, path_or_name: str):
 
     path_or_name: a file, or "resnet101" for torchvision's. Raises WeightsError.
     """
-    path = imagenet_file(path_or_name)
+    if path_or_name in TORCHVISION_FILES and path_or_name != "resnet101":
+        raise WeightsError(f"--pcb-weights {path_or_name}: the calibration needs a resnet101")
+    path = imagenet_file(path_or_name, "--pcb-weights")
     state = {key if key.startswith("fc.") else f"backbone.{key}": value
              for key, value in read_weight_file(path).items()}
     try:
@@ -268,17 +270,20 @@ def load_classifier(net: nn.Module, path_or_name: str):
     refuse_nonfinite(state, path)
 
 
-def imagenet_file(path_or_name: str) -> Path:
-    """The file at a path, or torchvision's for a key of TORCHVISION_FILES. Raises WeightsError."""
+def imagenet_file(path_or_name: str, flag: str = "--weights") -> Path:
+    """The file at a path, or torchvision's for a key of TORCHVISION_FILES. Raises WeightsError.
+
+    flag: the argument that the message names.
+    """
     if path_or_name in TORCHVISION_FILES:
-        return _download(TORCHVISION_FILES[path_or_name])
+        return _download(TORCHVISION_FILES[path_or_name], flag)
     if not Path(path_or_name).is_file():
-        raise WeightsError(f"weights file {path_or_name} does not exist; give a path or one of "
+        raise WeightsError(f"{flag} {path_or_name} does not exist; give a path, none, or one of "
                            f"{', '.join(TORCHVISION_FILES)}")
     return Path(path_or_name)
 
 
-def _download(file_name: str) -> Path:
+def _download(file_name: str, flag: str) -> Path:
     """Path of a torchvision file in torch's cache. The checksum in its name is verified at every call."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path, url = folder / file_name, TORCHVISION_URL + file_name
@@ -288,8 +293,8 @@ def _download(file_name: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=file_name[-12:-4])
         except Exception as error:
             raise WeightsError(f"cannot download {url} ({error}). Without internet, fetch that file "
-                               f"elsewhere and put it at {path}, or pass --weights FILE, or --weights none "
-                               f"to start from scratch") from error
+                               f"elsewhere and put it at {path}, or give {flag} FILE, or {flag} none"
+                               ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(file_name[-12:-4]):
         raise WeightsError(f"{path}: damaged (SHA-256 starts with {digest[:8]}, not {file_name[-12:-4]}); "

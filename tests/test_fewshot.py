@@ -7,7 +7,7 @@ from PIL import Image
 from data import DataError, DetectionDataset
 from evaluate import as_in_file
 from fewshot import Calibration, schedule
-from protocol import aggregate, aggregate_table, read_run
+from protocol import aggregate, aggregate_table, read_run, read_runs
 from runtime import Place
 
 # ---------------------------------------------------------------------------- schedules and tables
@@ -54,6 +54,12 @@ def test_protocols_and_calibration_have_rows_of_their_own():
     rows = aggregate(own + [run_of(0, 0.5, shot_seed=0, calibrated=True)])
     assert [row["calibrated"] for row in rows] == [False, True]
     assert [line.split()[5] for line in aggregate_table(rows).splitlines()[1:]] == ["no", "yes"]
+    # A calibrated run has a row for its detections before the calibration too.
+    scores = [{"AP": ap, "few_shot": {**run_of(0, ap, calibrated=done).setting, "stage": "novel",
+                                      "seed": 0, "nAP": ap}} for ap, done in ((0.3, True), (0.2, False))]
+    runs = read_runs("x", {**scores[0], "before_calibration": scores[1]})
+    assert [(row["calibrated"], row["nAP"][0]) for row in aggregate(runs)] == [(False, 0.2), (True, 0.3)]
+    assert len(read_runs("x", scores[1])) == 1
 
 
 @pytest.mark.parametrize("few_shot", [3, [], {"stage": "novel"}, *(

@@ -164,7 +164,7 @@ def test_a_foreign_checkpoint_is_calibrated_with_the_shots_that_are_named(in_pro
     (["--stage", "novel", "--shots", "7", "--init", "BASE"], "class arrow: 7 shots cannot be drawn"),
     (["--stage", "novel", "--shots", "1", "--init", "BASE", "--shot-lists", "no"], "there is no such folder"),
     (["--stage", "novel", "--shots", "1", "--init", "BASE", "--pcb-weights", "no.pth"],
-     "weights file no.pth does not exist")])
+     "--pcb-weights no.pth does not exist")])
 def test_mistakes_end_in_one_line(base, mistake, words, message):
     words = [base if word == "BASE" else word for word in words]
     assert message in mistake(train.main, *TINY[1:], "--no-eval", *words)

@@ -187,7 +187,7 @@ def test_ranks_and_micro_batches_change_nothing_but_rounding(script, tmp_path, m
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--data", "nowhere"], "error: data folder nowhere does not exist"),
-    (["--weights", "no.pth"], "error: weights file no.pth does not exist"),
+    (["--weights", "no.pth"], "error: --weights no.pth does not exist"),
     (["--resume"], "error: checkpoint out/last.pth does not exist"),
     (["--init", "no.pth"], "error: checkpoint no.pth does not exist"),
     (["--micro-batch", "3"], "error: --batch-size 4 must be a multiple of 1 ranks x --micro-batch 3"),

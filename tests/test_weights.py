@@ -244,6 +244,8 @@ def test_a_classifier_that_is_another_network_is_refused(small101, folder):
     path = write(folder / "msra.pth", tensors(small101))  # without fc
     with pytest.raises(WeightsError, match=r"msra.pth: not torchvision's ResNet-101 \(.*fc.weight"):
         load_classifier(CalibrationNet(), str(path))
+    with pytest.raises(WeightsError, match="--pcb-weights resnet50: the calibration needs a resnet101"):
+        load_classifier(CalibrationNet(), "resnet50")
 
 
 # ---------------------------------------------------------------------------- wrong files
@@ -368,6 +370,9 @@ def test_failed_download_names_the_url_and_the_place(cached):
         load_imagenet(blank("resnet18"), "resnet18")
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in str(error.value)
     assert f"put it at {cached}" in str(error.value) and "no route to host" in str(error.value)
+    assert "or give --weights FILE, or --weights none" in str(error.value)
+    with pytest.raises(WeightsError, match="resnet101-.*or give --pcb-weights FILE, or --pcb-weights none"):
+        load_classifier(torch.nn.Module(), "resnet101")
 
 
 def test_damaged_download_is_refused_by_its_checksum(cached):

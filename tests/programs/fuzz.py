@@ -235,13 +235,14 @@ def metrics_files(folder: Path):
                 "novel": ["a", "b"], "decouple": [0.0, 0.01], "fpn": False, "calibrated": True, "shots": 5,
                 "generalized": False, "seed": 0, "shot_seed": 0, "nAP": 0.1, "nAP50": 0.2, "bAP": None}
     whole = {"AP": 0.1, "per_class": {"a": 0.1, "b": None}, "few_shot": few_shot}
+    whole["before_calibration"] = {"AP": 0.1, "few_shot": {**few_shot, "calibrated": False}}
     path = folder / "metrics.json"
 
     def case(rng):
         text = json.dumps(damaged(whole, rng) if rng.random() < 0.7 else whole, default=str).encode()
         path.write_bytes(text if rng.random() < 0.7 else flipped(text, rng))
-        run = protocol.read_run(str(folder), protocol.read_metrics(folder))
-        protocol.aggregate_table(protocol.aggregate([run]))
+        runs = protocol.read_runs(str(folder), protocol.read_metrics(folder))
+        protocol.aggregate_table(protocol.aggregate(runs))
     return case
 
 
