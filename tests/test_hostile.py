@@ -32,8 +32,8 @@ def fuzz(kinds, seed, count):
 
 
 @pytest.mark.parametrize(("kinds", "count"), [
-    ("pickles,archives,images,coco_files,voc_files,yolo_files,result_files,metrics_files,commands", 100),
-    ("checkpoints", 15)])
+    ("pickles,archives,images,coco_files,voc_files,yolo_files,result_files,metrics_files,commands", 30),
+    pytest.param("checkpoints", 15, marks=pytest.mark.slow)])
 def test_random_damage_never_ends_in_a_traceback(kinds, count):
     done = fuzz(kinds, 0, count)
     assert done.returncode == 0, done.stdout
@@ -223,6 +223,7 @@ def test_ctrl_c_while_importing_is_one_line(script):
         assert "Traceback" not in out and len(out.splitlines()) <= 1, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pipe", "words"), [
     ("best.pth", ["train.py", "--resume", "run/last.pth", "--max-steps", 2]),
     ("log.jsonl", ["train.py", "--resume", "run/last.pth", "--max-steps", 2]),
