@@ -1,6 +1,6 @@
 """Speed and memory of this repository beside torchvision, pycocotools and, where installed, mmdetection.
 
-    python benchmark.py                                  all parts; takes minutes on a CPU
+    python benchmark.py                                  all parts but learn; takes minutes on a CPU
     python benchmark.py train --size 800 1344 --batch-size 4 --amp bf16 --compile
     python benchmark.py infer loader --data coco --split val2017
 
@@ -19,12 +19,16 @@ printed and written to --out, as benchmark.json and as bars in benchmark.png.
     growth    a step for growing images, batches, objects and ranks; reading for growing datasets
     startup   from a COCO file of the size of train2017's to the first batch: time and memory
     score     COCO scores of 5000 images with 100 detections each
+    learn     AP over steps and over seconds of trainings from random weights, ours and torchvision's, on the
+              same batches: FCOS and RetinaNet with ResNet-18. Takes long, so it runs only if it is named:
+              python benchmark.py learn --data bccd --min-size 256 --max-size 344 --batch-size 8 --seeds 0 1 2
 """
 import runtime  # first: torch must not be imported before it
 
 # isort: split
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -53,7 +57,9 @@ from data import DetectionDataset, TrainBatchSampler, TrainSamples, collate
 from evaluate import EvalSettings, detect
 from fcos import FCOS
 from fsaf import FSAF
-from layouts import load_coco
+from layouts import default_splits, load_coco
+from learning import OURS as LEARNERS
+from learning import TorchvisionDetector, Training, draw_learning, learning_curve
 from metrics import score
 from ops import nms_plain
 from peers import CLASSES, OURS, PEERS, Workload, our_step, peer_steps, synthetic_batch, torchvision_model
@@ -464,10 +470,35 @@ def score_part(args, device: torch.device):
     yield report_ratios("COCO scores of 5000 x 100 detections", times)
 
 
+def learn_part(args, device: torch.device):
+    """Trainings from random weights, one after another: every model, library and seed."""
+    train_split, val_split = default_splits(args.data)
+    train_set = open_dataset(args.data, train_split)
+    training = Training(train_set, open_dataset(args.data, val_split, names=train_set.names), args.min_size,
+                        args.max_size, args.batch_size, args.steps, max(1, args.steps // 4))
+    curves = {}
+    for name in filter(LEARNERS.get, args.models):
+        cases = {"ours": LEARNERS[name]}
+        if importlib.util.find_spec("torchvision"):
+            cases["torchvision"] = partial(TorchvisionDetector, name)
+        rows = {case: [] for case in cases}
+        for seed in args.seeds:
+            for case, make_model in cases.items():
+                rows[case].append(learning_curve(make_model, training, seed, runtime.Place(device)))
+                shown = (f"{row['step']} steps, {row['seconds']:.0f} s: {row['AP']:.3f} {row['AP50']:.3f}"
+                         for row in rows[case][-1])
+                print(f"{name} {case}, seed {seed}, AP AP50 after " + ", ".join(shown), flush=True)
+        curves |= {f"{name} {case}": seeds for case, seeds in rows.items()}
+        draw_learning(curves, args.out / "learning.png")
+        yield {"title": f"{name} R-18, {args.steps} steps of {args.batch_size} on {args.data}", "cases": {},
+               "curves": rows}
+
+
 # ---------------------------------------------------------------------------------------------- script
 
 PARTS = {"train": train_part, "memory": memory_part, "infer": infer_part, "nms": nms_part,
-         "loader": loader_part, "growth": growth_part, "startup": startup_part, "score": score_part}
+         "loader": loader_part, "growth": growth_part, "startup": startup_part, "score": score_part,
+         "learn": learn_part}
 
 
 def plot(rows: list[dict], path: Path):
@@ -495,20 +526,22 @@ def plot(rows: list[dict], path: Path):
 def parse_args() -> argparse.Namespace:
     parser = runtime.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all but learn)")
     add("--models", nargs="+", choices=OURS, default=["FCOS", "RetinaNet", "FSAF", "Faster R-CNN"],
-        help="models of train, memory and growth")
+        help="models of train, memory, growth and learn")
     add("--size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"), help="size of their images, px")
     add("--batch-size", type=int, default=2, help="images per step and per batch of infer")
     add("--objects", type=int, default=10, help="objects per image")
     add("--amp", default="off", choices=AMP, help="mixed precision")
     add("--compile", action="store_true", help="compile our training step with torch.compile")
-    add("--data", default="shapes", help="dataset of infer and loader")
+    add("--data", default="shapes", help="dataset of infer, loader and learn")
     add("--split", help="its split (default: val for shapes, else val2017)")
     add("--min-size", type=int, default=800, help="short side of its resized images, px")
     add("--max-size", type=int, default=1333, help="limit of their long side, px")
     add("--pictures", type=int, default=20, help="number of images of infer and loader")
     add("--rounds", type=int, default=5, help="how often a case is timed")
+    add("--steps", type=int, default=240, help="length of the trainings of learn")
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds of learn")
     add("--load", type=int, default=0, metavar="N", help="time nms also beside N busy processes")
     add("--device", default="auto", type=runtime.device_name, metavar="NAME",
         help="auto, cuda, npu, cpu; one by its number: npu:3")
@@ -518,14 +551,14 @@ def parse_args() -> argparse.Namespace:
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     for name, least in (("rounds", 1), ("batch_size", 1), ("objects", 1), ("pictures", 1), ("min_size", 32),
-                        ("max_size", 32)):
+                        ("max_size", 32), ("steps", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if args.load < 0:
         parser.error(f"--load must be at least 0, not {args.load}")
     if min(args.size) < 64:
         parser.error(f"--size must be at least 64 64, not {args.size[0]} {args.size[1]}")
-    args.parts = args.parts or list(PARTS)
+    args.parts = args.parts or [part for part in PARTS if part != "learn"]
     args.split = args.split or ("val" if args.data == "shapes" else "val2017")
     return args
 

@@ -117,7 +117,7 @@ def file_names(image_ids: list) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- curves
 
-def _figure(rows: int, columns: int):
+def figure_of(rows: int, columns: int):
     """A figure of matplotlib and its axes. Raises DataError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
@@ -147,7 +147,7 @@ def draw_runs(folders: list[Path], path: Path):
     other = ("step", "epoch", "data_s", "step_s", "images_per_s", "memory_gb", "eta_s", "graphs")
     names = dict.fromkeys(name for rows in runs.values() for row in rows if "loss" in row
                           for name in row if name not in other)
-    figure, axes = _figure(-(-(len(names) + 1) // 3), 3)
+    figure, axes = figure_of(-(-(len(names) + 1) // 3), 3)
     for axis, name in zip(axes, [*names, "AP"]):
         for folder, rows in runs.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -166,7 +166,7 @@ def draw_precision_recall(curves: dict[str, dict], path: Path):
 
     A dot marks the threshold with the best F1. Raises DataError if matplotlib is missing.
     """
-    figure, (axis,) = _figure(1, 1)
+    figure, (axis,) = figure_of(1, 1)
     figure.set_size_inches(7, 6)
     for i, (name, curve) in enumerate(curves.items()):
         if curve["threshold"] is None:

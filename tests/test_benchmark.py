@@ -10,6 +10,7 @@ from PIL import Image
 
 import benchmark
 import ops
+from learning import TorchvisionDetector
 from peers import OURS
 
 
@@ -44,6 +45,36 @@ def test_a_training_step_of_every_model_is_measured(bench, model):
     if model not in ("Faster R-CNN", "DeFRCN"):  # the shapes of proposals depend on values
         assert row["operators"]["ours"]["waits"] == 0
     assert ("torchvision" in row["cases"]) == (model in ("FCOS", "RetinaNet", "Faster R-CNN"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["FCOS", "RetinaNet"])
+def test_both_libraries_learn_and_their_curves_are_drawn(bench, small_shapes, tmp_path, model):
+    pytest.importorskip("torchvision")
+    (row,), out = bench("learn", "--models", model, "--steps", 40, "--batch-size", 4, "--min-size", 128,
+                        "--max-size", 128)
+    for case in ("ours", "torchvision"):
+        (curve,) = row["curves"][case]
+        assert [point["step"] for point in curve] == [10, 20, 30, 40] and f"{model} {case}, seed 0" in out
+        assert all(later["seconds"] > sooner["seconds"] for sooner, later in zip(curve, curve[1:]))
+        assert all(point["AP"] is not None for point in curve)
+    assert (tmp_path / "learning.png").stat().st_size > 1000
+
+
+def test_torchvision_trains_on_the_same_images_and_objects():
+    """torchvision's model gets every image without its padding, and neither padding nor crowds as objects."""
+    pytest.importorskip("torchvision")
+    model = TorchvisionDetector("FCOS", 2).train()
+    seen = []
+    model.detector.forward = lambda images, targets: seen.append((images, targets)) or {}
+    images = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    boxes = torch.tensor([[[1., 2, 30, 40], [0, 0, 0, 0]], [[3., 4, 20, 20], [5, 5, 9, 9]]])
+    model(images, torch.tensor([[48, 64], [64, 32]]), boxes, torch.tensor([[1, -1], [0, -2]]))
+    (pictures, targets), = seen
+    assert [tuple(picture.shape) for picture in pictures] == [(3, 48, 64), (3, 64, 32)]
+    assert all(picture.max() == 1 for picture in pictures)
+    assert [target["labels"].tolist() for target in targets] == [[1], [0]]
+    assert [target["boxes"].tolist() for target in targets] == [[[1, 2, 30, 40]], [[3, 4, 20, 20]]]
 
 
 def test_views_are_no_operators_and_only_values_and_masks_are_waited_for():

@@ -12,6 +12,7 @@ LAYERS = (("ops", "runtime", "augment", "safe_pickle"),
           ("checkpoint", "protocol", "fewshot"),
           ("evaluate", "recipes", "resume"),
           ("train", "peers"),
+          ("learning",),
           ("browse", "export", "benchmark"))
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {("layouts", "data"), ("yolo", "data"), ("yolo", "layouts"), ("shapes", "data"),
