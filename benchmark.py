@@ -28,7 +28,6 @@ import runtime  # first: torch must not be imported before it
 # isort: split
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -53,14 +52,14 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
+from checkpoint import build_model
 from data import DetectionDataset, TrainBatchSampler, TrainSamples, collate
 from evaluate import EvalSettings, detect
 from fcos import FCOS
 from fsaf import FSAF
 from layouts import default_splits, load_coco
-from learning import OURS as LEARNERS
-from learning import TorchvisionDetector, Training, draw_learning, learning_curve
-from metrics import score
+from learning import MODELS, TorchvisionDetector, Training, draw_learning, learning_curve, training_args
+from metrics import score, shown
 from ops import nms_plain
 from peers import CLASSES, OURS, PEERS, Workload, our_step, peer_steps, synthetic_batch, torchvision_model
 from runlog import device_name, peak_memory
@@ -472,22 +471,23 @@ def score_part(args, device: torch.device):
 
 def learn_part(args, device: torch.device):
     """Trainings from random weights, one after another: every model, library and seed."""
-    train_split, val_split = default_splits(args.data)
-    train_set = open_dataset(args.data, train_split)
-    training = Training(train_set, open_dataset(args.data, val_split, names=train_set.names), args.min_size,
-                        args.max_size, args.batch_size, args.steps, max(1, args.steps // 4))
+    train_set = open_dataset(args.data, default_splits(args.data)[0])
+    val_set = open_dataset(args.data, args.split, names=train_set.names)
     curves = {}
-    for name in filter(LEARNERS.get, args.models):
-        cases = {"ours": LEARNERS[name]}
-        if importlib.util.find_spec("torchvision"):
+    for name in filter(MODELS.get, args.models):
+        recipe = training_args(name, args.data, min_size=args.min_size, max_size=args.max_size,
+                               batch_size=args.batch_size, max_steps=args.steps)
+        training = Training(train_set, val_set, recipe, max(1, args.steps // 4))
+        cases = {"ours": partial(build_model, vars(recipe))}
+        if "torchvision" in peer_steps(name):
             cases["torchvision"] = partial(TorchvisionDetector, name)
         rows = {case: [] for case in cases}
         for seed in args.seeds:
             for case, make_model in cases.items():
                 rows[case].append(learning_curve(make_model, training, seed, runtime.Place(device)))
-                shown = (f"{row['step']} steps, {row['seconds']:.0f} s: {row['AP']:.3f} {row['AP50']:.3f}"
-                         for row in rows[case][-1])
-                print(f"{name} {case}, seed {seed}, AP AP50 after " + ", ".join(shown), flush=True)
+                print(f"{name} {case}, seed {seed}, AP AP50 after", *(
+                    f"{row['step']} steps, {row['seconds']:.0f} s: {shown(row['AP'])} {shown(row['AP50'])}"
+                    for row in rows[case][-1]), sep="\n    ", flush=True)
         curves |= {f"{name} {case}": seeds for case, seeds in rows.items()}
         draw_learning(curves, args.out / "learning.png")
         yield {"title": f"{name} R-18, {args.steps} steps of {args.batch_size} on {args.data}", "cases": {},
@@ -535,7 +535,7 @@ def parse_args() -> argparse.Namespace:
     add("--amp", default="off", choices=AMP, help="mixed precision")
     add("--compile", action="store_true", help="compile our training step with torch.compile")
     add("--data", default="shapes", help="dataset of infer, loader and learn")
-    add("--split", help="its split (default: val for shapes, else val2017)")
+    add("--split", help="its split to detect in (default: that of the layout, such as val2017)")
     add("--min-size", type=int, default=800, help="short side of its resized images, px")
     add("--max-size", type=int, default=1333, help="limit of their long side, px")
     add("--pictures", type=int, default=20, help="number of images of infer and loader")
@@ -554,12 +554,13 @@ def parse_args() -> argparse.Namespace:
                         ("max_size", 32), ("steps", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if args.load < 0:
-        parser.error(f"--load must be at least 0, not {args.load}")
+    for name, numbers in (("load", [args.load]), ("seeds", args.seeds)):
+        if min(numbers) < 0:
+            parser.error(f"--{name} must be at least 0, not {min(numbers)}")
     if min(args.size) < 64:
         parser.error(f"--size must be at least 64 64, not {args.size[0]} {args.size[1]}")
     args.parts = args.parts or [part for part in PARTS if part != "learn"]
-    args.split = args.split or ("val" if args.data == "shapes" else "val2017")
+    args.split = args.split or default_splits(args.data)[1]
     return args
 
 

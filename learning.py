@@ -4,6 +4,7 @@ Both have a ResNet-18 with an FPN of 64 channels, and the same images, flips, op
 differ in what each library adds: first weights, targets, losses, rules of detection. `benchmark.py learn` is
 the command.
 """
+import argparse
 import contextlib
 import io
 import time
@@ -19,27 +20,27 @@ from torch.utils.data import DataLoader
 from data import DetectionDataset, TrainBatchSampler, TrainSamples, collate, ignore_signals
 from draw import figure_of
 from evaluate import EvalSettings, detect
-from fcos import FCOS
-from fsaf import FSAF
 from metrics import score
-from recipes import ADAMW, REFERENCE_BATCH, SCHEDULES
+from recipes import parse_args
 from runtime import Place, memory_format
-from train import Schedule, learning_rate
+from train import learning_rate, make_schedule
 
-FROM_SCRATCH = {"backbone": "resnet18", "norm": "batch", "freeze_at": 0, "fpn_channels": 64}
-OURS = {"FCOS": partial(FCOS, **FROM_SCRATCH), "RetinaNet": partial(FSAF, anchor_only=True, **FROM_SCRATCH)}
-CLIP = 35.0  # limit of the L2 norm of the gradient
-WARMUP_STEPS, WARMUP_FACTOR = 50, 1 / 3
+MODELS = {"FCOS": ("--model", "fcos"), "RetinaNet": ("--model", "fsaf", "--fsaf-branch", "anchor")}
+SMALL = ("--weights", "none", "--backbone", "resnet18", "--fpn-channels", "64", "--schedule", "s1x",
+         "--warmup-steps", "50")
+
+
+def training_args(name: str, data: str, **numbers) -> argparse.Namespace:
+    """What train.py uses for the small form of a model. numbers: further arguments, such as min_size=128."""
+    words = [word for key, number in numbers.items() for word in (f"--{key.replace('_', '-')}", str(number))]
+    return parse_args([*MODELS[name], *SMALL, "--data", data, *words])[0]
 
 
 class Training(NamedTuple):
     """A training that both libraries make."""
     train_set: DetectionDataset
     val_set: DetectionDataset
-    min_size: int  # short side, px
-    max_size: int  # limit of the long side, px
-    batch_size: int
-    steps: int
+    args: argparse.Namespace  # of train.py
     score_every: int  # steps
 
 
@@ -76,25 +77,25 @@ def _in_0_1(images: Tensor, sizes: Tensor) -> list[Tensor]:
 
 
 def learning_curve(make_model: Callable[[int], nn.Module], training: Training, seed: int,
-                   place: Place) -> list[dict[str, float]]:
-    """Trains a model and scores it on the way: a row {"step", "seconds", "AP", "AP50"} for each evaluation.
+                   place: Place) -> list[dict]:
+    """Trains a model and scores it on the way.
 
-    make_model: from the number of classes. "seconds" is the time of the training alone. The seed sets weights
-    and batches. Both libraries see the same batches.
+    make_model: from the number of classes. The seed sets weights and batches, so both libraries see the same
+    batches.
+    Returns a row {"step", "seconds", "AP", "AP50", "per_class"} for each evaluation. "seconds" is the time of
+    the training alone, "per_class" {class name: AP}.
     """
-    train_set, val_set, min_size, max_size, batch_size, steps, score_every = training
+    train_set, val_set, args, score_every = training
     torch.manual_seed(seed)
     layout = memory_format(place.device)
     model = make_model(len(train_set.names)).to(place.device, memory_format=layout).train()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=ADAMW["weight_decay"])
-    length, drops = SCHEDULES["s1x"]
-    schedule = Schedule(steps, ADAMW["lr"] * batch_size / REFERENCE_BATCH,
-                        [round(steps * drop / length) for drop in drops], min(WARMUP_STEPS, steps // 10),
-                        WARMUP_FACTOR, constant_warmup=False)
-    sampler = TrainBatchSampler(train_set, range(len(train_set)), batch_size, seed, stop=steps)
-    loader = DataLoader(TrainSamples(train_set, [min_size], max_size, seed=seed), batch_sampler=sampler,
-                        num_workers=1, collate_fn=partial(collate, size_divisor=model.size_divisor),
-                        worker_init_fn=ignore_signals)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    sampler = TrainBatchSampler(train_set, range(len(train_set)), args.batch_size, seed)
+    schedule = make_schedule(args, sampler.steps_per_epoch)
+    sampler.stop = schedule.max_steps
+    loader = DataLoader(TrainSamples(train_set, args.min_size, args.max_size, seed=seed),
+                        batch_sampler=sampler, num_workers=1, worker_init_fn=ignore_signals,
+                        collate_fn=partial(collate, size_divisor=model.size_divisor))
     rows, seconds, clock = [], 0.0, time.perf_counter()
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
@@ -102,17 +103,17 @@ def learning_curve(make_model: Callable[[int], nn.Module], training: Training, s
         images, *targets = (batch[key].to(place.device)
                             for key in ("images", "sizes", "gt_boxes", "gt_labels"))
         sum(model(images.contiguous(memory_format=layout), *targets).values()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        if done % score_every == 0 or done == steps:
+        if done % score_every == 0 or done == schedule.max_steps:
             seconds += time.perf_counter() - clock
-            found, _ = detect(model, val_set, place, EvalSettings(min_size, max_size))
+            found, _ = detect(model, val_set, place, EvalSettings(max(args.min_size), args.max_size))
             with contextlib.redirect_stdout(io.StringIO()):
                 metrics = score(val_set, found)
-            rows.append({"step": done, "seconds": seconds, "AP": metrics["AP"], "AP50": metrics["AP50"],
-                         "per_class": metrics["per_class"]})
+            rows.append({"step": done, "seconds": seconds,
+                         **{key: metrics[key] for key in ("AP", "AP50", "per_class")}})
             clock = time.perf_counter()
     return rows
 

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -41,13 +42,18 @@ class Run(NamedTuple):
     per_class: dict  # AP of every class
 
 
-def read_runs(name: str, metrics) -> list[Run]:
-    """The few-shot scores of a run: of its detections and, if they are calibrated, of the same ones before.
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """The few-shot scores of the runs in these folders. A calibrated run is there twice: after and before.
 
-    metrics: content of metrics.json. Raises DataError that names the run.
+    Raises DataError that names the run.
     """
-    before = metrics.get("before_calibration") if isinstance(metrics, dict) else None
-    return [read_run(name, part) for part in (metrics, before) if part is not None]
+    runs = []
+    for folder in folders:
+        metrics = read_metrics(folder)
+        runs.append(read_run(str(folder), metrics))
+        if "before_calibration" in metrics:
+            runs.append(read_run(str(folder), metrics["before_calibration"]))
+    return runs
 
 
 def read_run(name: str, metrics) -> Run:
@@ -247,7 +253,7 @@ def run_protocol(args: argparse.Namespace):
             raise UserError(f"{folder}: ended before its last step; the same command goes on")
         if not is_scored(folder):  # it was interrupted while it was scored
             _call([*_script(args, "evaluate.py"), "--ckpt", str(last)], folder)
-    print_tables(args, [run for folder in commands for run in read_runs(str(folder), read_metrics(folder))])
+    print_tables(args, read_runs(commands))
 
 
 def _training(args: argparse.Namespace, model: str, folder: Path, shots: int, seed: int) -> list[str]:
@@ -341,7 +347,7 @@ def read_metrics(folder: Path) -> dict:
 
 def aggregate_runs(args: argparse.Namespace):
     """Prints the table of runs, and writes it to --out."""
-    rows = aggregate([run for folder in args.runs for run in read_runs(str(folder), read_metrics(folder))])
+    rows = aggregate(read_runs(args.runs))
     print(aggregate_table(rows))
     if args.out:
         make_folder(args.out)

@@ -32,7 +32,7 @@ def fuzz(kinds, seed, count):
 
 
 @pytest.mark.parametrize(("kinds", "count"), [
-    ("pickles,archives,images,coco_files,voc_files,yolo_files,result_files,metrics_files,commands", 30),
+    ("pickles,archives,images,coco_files,voc_files,yolo_files,result_files,metrics_files,commands", 60),
     pytest.param("checkpoints", 15, marks=pytest.mark.slow)])
 def test_random_damage_never_ends_in_a_traceback(kinds, count):
     done = fuzz(kinds, 0, count)
