@@ -307,7 +307,8 @@ def test_a_reader_refuses_other_models(reader, state, complaint):
 
 # ---------------------------------------------------------------------------- torchvision, against itself
 
-@pytest.mark.parametrize("which", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn"])
+@pytest.mark.parametrize("which", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn",
+                                   pytest.param("fasterrcnn_resnet50_fpn", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_torchvisions_weights_give_torchvisions_detections(which, tmp_path):
     detection = pytest.importorskip("torchvision.models.detection")

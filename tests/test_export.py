@@ -172,6 +172,7 @@ class PixelsAsBoxes(nn.Module):
         return [(boxes, values[5] / 256 + tie_break, (values[4] % 5).long())]
 
 
+@pytest.mark.slow
 def test_nms_in_onnx_is_class_wise_and_equals_ours_at_the_threshold(tmp_path):
     need_onnx()
     model = PixelsAsBoxes()

@@ -293,5 +293,6 @@ def test_the_loss_step_compiles_without_graph_breaks():
     assert_compiles(small_model(), small_batch())
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     assert_two_ranks_equal_one(small_model, small_batch((3, 0)), tmp_path)  # rank 1 has no object

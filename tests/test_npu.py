@@ -371,6 +371,7 @@ def test_other_names_of_devices_are_refused(mistake, main, name):
     assert f"{name!r} is not auto, cuda, npu, cpu or a number like npu:3" in stopped
 
 
+@pytest.mark.slow
 def test_torch_npu_is_imported_for_npu_alone(tmp_path):
     """Nor does torch load it by itself, as it does with what an installed torch_npu registers."""
     (tmp_path / "torch_npu").mkdir()

@@ -183,11 +183,11 @@ def test_a_loader_process_that_dies_is_named_with_its_image(script, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- ranks
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), [
-    pytest.param(("--batch-size", 3), "error: --batch-size 3 is not divisible by 2 ranks",
-                 marks=pytest.mark.slow),
+    (("--batch-size", 3), "error: --batch-size 3 is not divisible by 2 ranks"),
     (("--data", "nowhere", "--batch-size", 4), "error: data folder nowhere does not exist"),
-    pytest.param(("--batch-size", -4), "error: --batch-size must be positive", marks=pytest.mark.slow)])
+    (("--batch-size", -4), "error: --batch-size must be positive")])
 def test_of_several_ranks_one_says_why(script, words, message):
     code, out, err = script(*TINY, *words, "--max-steps", 2, ranks=2)
     assert code != 0 and (out + err).count(message) == 1, err
