@@ -56,8 +56,9 @@ class TorchvisionDetector(nn.Module):
         from torchvision.ops.feature_pyramid_network import LastLevelP6P7
         layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
         backbone = BackboneWithFPN(resnet18(), layers, [128, 256, 512], 64, LastLevelP6P7(64, 64))
-        # The images come resized. Its transform only normalises and pads them.
-        self.detector = getattr(detection, name)(backbone, num_classes, _skip_resize=True)
+        self.detector = getattr(detection, name)(backbone, num_classes)
+        # The images come resized. torchvision's own switch, _skip_resize, is for training only.
+        self.detector.transform.resize = lambda image, target: (image, target)
 
     def forward(self, images: Tensor, sizes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> dict:
         targets = [{"boxes": boxes[labels >= 0], "labels": labels[labels >= 0]}

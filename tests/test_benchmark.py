@@ -77,6 +77,16 @@ def test_torchvision_trains_on_the_same_images_and_objects():
     assert [target["boxes"].tolist() for target in targets] == [[[1, 2, 30, 40]], [[3, 4, 20, 20]]]
 
 
+def test_torchvision_detects_at_the_size_of_the_images():
+    pytest.importorskip("torchvision")
+    model = TorchvisionDetector("FCOS", 2).eval()
+    seen = []
+    model.detector.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    with torch.no_grad():
+        model.network(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 96]]))
+    assert seen == [(1, 3, 64, 96)]
+
+
 def test_views_are_no_operators_and_only_values_and_masks_are_waited_for():
     values, index = torch.arange(4.), torch.tensor([0, 2])
 
