@@ -557,6 +557,8 @@ def parse_args() -> argparse.Namespace:
     for name, numbers in (("load", [args.load]), ("seeds", args.seeds)):
         if min(numbers) < 0:
             parser.error(f"--{name} must be at least 0, not {min(numbers)}")
+    if "learn" in args.parts and not set(args.models) & set(MODELS):
+        parser.error(f"learn is for --models {' '.join(MODELS)}, not {' '.join(args.models)}")
     if min(args.size) < 64:
         parser.error(f"--size must be at least 64 64, not {args.size[0]} {args.size[1]}")
     args.parts = args.parts or [part for part in PARTS if part != "learn"]

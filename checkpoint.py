@@ -38,9 +38,9 @@ ARG_KINDS = {"text": (str, ("model", "backbone", "norm", "fsaf_branch", "data", 
                             "shot_lists")),
              "whole number": (int, ("freeze_at", "fpn_channels", "max_size", "roi_samples", "pool_size",
                                     "shots", "shot_seed", "original", "fpn", "caffe", "decouple", "cosine",
-                                    "generalized")),
-             "number": ((int, float), ("ignore_scale", "rpn_grad_scale", "roi_grad_scale", "cls_dropout",
-                                       "cosine_scale", "pcb_alpha")),
+                                    "generalized", "center_weights")),
+             "number": ((int, float), ("initial_distance", "ignore_scale", "rpn_grad_scale", "roi_grad_scale",
+                                       "cls_dropout", "cosine_scale", "pcb_alpha")),
              "list": (list, ("min_size", "pad_to", "proposals", "novel_classes", "train_only", "pcb_window"))}
 CLASS_LAYERS = ("head.cls_logits.", "head.anchor_logits.", "predictor.")  # their shape depends on the classes
 
@@ -54,7 +54,9 @@ def build_model(args: dict, num_classes: int) -> nn.Module:
         if args.get("torchvision"):
             return TorchvisionFCOS(num_classes, fpn_channels=args["fpn_channels"], **backbone)
         return FCOS(num_classes, original=args["original"], tower_bias=args.get("tower_bias"),
-                    group_norm=args.get("head_norm") != "none", fpn_channels=args["fpn_channels"], **backbone)
+                    group_norm=args.get("head_norm") != "none", fpn_channels=args["fpn_channels"],
+                    center_weights=args.get("center_weights", True),
+                    initial_distance=args.get("initial_distance", 0.0), **backbone)
     if args["model"] == "fsaf":
         model_class = TorchvisionRetinaNet if args.get("torchvision") else FSAF
         return model_class(num_classes, joint=args["fsaf_branch"] == "both",
@@ -141,7 +143,7 @@ def _own_checkpoint(path: str | Path, content: dict) -> dict:
         raise WeightsError(f"{path}: not a complete checkpoint of train.py, it lacks "
                            f"{', '.join(sorted(missing))}")
     with blame(path, WeightsError, "not a checkpoint of train.py"):
-        older = dict.fromkeys(ABLATION_ARGS)
+        older = {**dict.fromkeys(ABLATION_ARGS), "center_weights": True, "initial_distance": 0.0}
         if content["args"].get("model") == "faster_rcnn":
             older["fpn"] = False  # older checkpoints are of C4 and do not say so
         content["args"] = {**older, **content["args"]}

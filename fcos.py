@@ -58,7 +58,7 @@ class FCOSHead(nn.Module):
     """Two towers, shared by all levels, and three predictors (Sec. 3.2, Fig. 2).
 
     tower_bias: whether the convolutions of the towers have a bias. group_norm: whether a group norm follows
-    each of them.
+    each of them. initial_distance: bias of the four distances at the start.
 
     forward: L features (B, channels, H, W) -> class logits (B, P, C), ltrb (B, P, 4) >= 0 and centerness
     logits (B, P), float32. ltrb is in pixels in the original form, in strides of the point's level in the
@@ -66,7 +66,7 @@ class FCOSHead(nn.Module):
     """
 
     def __init__(self, num_classes: int, channels: int = 256, original: bool = False,
-                 tower_bias: bool = True, group_norm: bool = True):
+                 tower_bias: bool = True, group_norm: bool = True, initial_distance: float = 0.0):
         super().__init__()
         self.num_classes, self.original = num_classes, original
         self.cls_tower, self.box_tower = (_tower(channels, tower_bias, group_norm) for _ in range(2))
@@ -80,6 +80,7 @@ class FCOSHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
+        nn.init.constant_(self.ltrb.bias, initial_distance)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, ltrb, centerness = [], [], []
@@ -170,13 +171,14 @@ def centerness_targets(ltrb: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- losses
 
 def fcos_losses(logits: Tensor, ltrb: Tensor, centerness: Tensor, labels: Tensor, target_ltrb: Tensor,
-                original: bool = False) -> dict[str, Tensor]:
+                original: bool = False, center_weights: bool = True) -> dict[str, Tensor]:
     """Classification, box and centerness loss (Eq. 2, Sec. 3.3); the loss is their sum.
 
     logits (B, P, C), ltrb (B, P, 4), centerness (B, P): outputs of the head. labels (B, P), target_ltrb
-    (B, P, 4): from `fcos_targets`, target_ltrb in the unit of ltrb.
-    "cls" and "centerness" are divided by the number of positives, "box" by the sum of their centerness
-    targets. Both normalisers are means over ranks.
+    (B, P, 4): from `fcos_targets`, target_ltrb in the unit of ltrb. center_weights: whether a positive point
+    counts in "box" with its centerness target, or every one alike.
+    "cls" and "centerness" are divided by the number of positives, "box" by the sum of its weights. Both
+    normalisers are means over ranks.
     Returns {"cls", "box", "centerness"}, each () float32. Without positives "box" and "centerness" are 0, and
     still attached to the graph.
     """
@@ -184,7 +186,8 @@ def fcos_losses(logits: Tensor, ltrb: Tensor, centerness: Tensor, labels: Tensor
     # At background points the predicted distances become 1: an infinite one times a weight of 0 would be NaN.
     ltrb = torch.where(positive[..., None], ltrb, 1.0)
     target_centerness = centerness_targets(target_ltrb)
-    box_weight = target_centerness * positive
+    # DIFFERS: Eq. 2 and torchvision have no weights; the authors' code and mmdetection have them.
+    box_weight = (target_centerness if center_weights else 1.0) * positive
     # All ranks take part in this one reduction, also ranks without a positive point.
     num_pos, weight_sum = mean_over_ranks(torch.stack((positive.sum().float(), box_weight.sum())))
     num_pos = num_pos.clamp(min=1)
@@ -232,6 +235,8 @@ class FCOS(nn.Module):
     fpn_channels: a multiple of GROUP_NORM_GROUPS.
     group_norm: see `FCOSHead`; mmdetection's configs without "gn-head" have none.
     tower_bias: see `FCOSHead`; None is mmdetection's choice, no bias in the original form with group norm.
+    center_weights: see `fcos_losses`. initial_distance: see `FCOSHead`. From random weights a side can die
+        with the published 0: if ReLU cuts it off at every point, it has no gradient and stays 0.
     score_threshold, nms_threshold: for inference; None is the published value of the form.
 
     images (B, 3, H, W) uint8 RGB, each at the top left; sizes (B, 2) int64 height, width; gt_boxes (B, G, 4)
@@ -244,19 +249,21 @@ class FCOS(nn.Module):
 
     def __init__(self, num_classes: int, backbone: str = "resnet50", caffe: bool = False,
                  original: bool = False, norm: str = "frozen", freeze_at: int = 2, fpn_channels: int = 256,
-                 tower_bias: bool | None = None, group_norm: bool = True,
+                 tower_bias: bool | None = None, group_norm: bool = True, center_weights: bool = True,
+                 initial_distance: float = 0.0,
                  score_threshold: float = SCORE_THRESHOLD, nms_threshold: float | None = None):
         super().__init__()
         if nms_threshold is None:
             nms_threshold = NMS_THRESHOLD_ORIGINAL if original else NMS_THRESHOLD
         if tower_bias is None:
             tower_bias = not (original and group_norm)
-        self.original = original
+        self.original, self.center_weights = original, center_weights
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.max_detections = MAX_DETECTIONS
         self.backbone = ResNet(backbone, caffe, norm, freeze_at)
         self.fpn = FPN(self.backbone.out_channels[1:], fpn_channels, p6_from="p5", relu_before_p7=True)
-        self.head = FCOSHead(num_classes, fpn_channels, original, tower_bias, group_norm)
+        self.head = FCOSHead(num_classes, fpn_channels, original, tower_bias, group_norm,
+                             initial_distance)
         pixels = TORCHVISION_PIXELS
         if caffe:
             pixels = CAFFE_PIXELS if original else CAFFE_PIXELS_IMPROVED
@@ -286,7 +293,7 @@ class FCOS(nn.Module):
         if not self.original:
             target_ltrb = target_ltrb / strides[:, None]
         return fcos_losses(outputs["logits"], outputs["ltrb"], outputs["centerness"], labels, target_ltrb,
-                           self.original)
+                           self.original, self.center_weights)
 
     def boxes(self, outputs: dict) -> Tensor:
         """Predicted boxes (B, P, 4), pixels of the padded image, not clipped."""

@@ -17,9 +17,10 @@ ARGS = {"model": "fcos", "backbone": "resnet18", "caffe": False, "norm": "batch"
         "fsaf_branch": "free", "ignore_scale": None, "decouple": True, "cosine": False, "rpn_grad_scale": 0.0,
         "roi_grad_scale": None, "pool_size": 4, "roi_samples": 32, "proposals": [200, 100], "stage": None,
         "fpn": True, "min_size": [128], "max_size": 128, "data": "shapes", "train_split": "train",
-        "val_split": "val", **dict.fromkeys(("train_json", "train_images", "val_json", "val_images", "pad_to",
-                                             "pcb_weights", "shot_lists", "shots", "shot_seed",
-                                             "generalized", "novel_classes", *ABLATION_ARGS))}
+        "val_split": "val", "center_weights": True, "initial_distance": 0.0,
+        **dict.fromkeys(("train_json", "train_images", "val_json", "val_images", "pad_to", "pcb_weights",
+                         "shot_lists", "shots", "shot_seed", "generalized", "novel_classes",
+                         *ABLATION_ARGS))}
 RCNN = {"model": "faster_rcnn", "fpn": True, "decouple": False}
 MODELS = {
     "fcos": (FCOS, {}),

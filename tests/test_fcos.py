@@ -23,7 +23,15 @@ from helpers import (
 import convert
 import fcos
 from backbone import FixedStatsBatchNorm2d
-from fcos import FCOS, all_points, centerness_targets, fcos_candidates, fcos_decode, fcos_targets
+from fcos import (
+    FCOS,
+    all_points,
+    centerness_targets,
+    fcos_candidates,
+    fcos_decode,
+    fcos_losses,
+    fcos_targets,
+)
 from ops import final_detections
 
 
@@ -156,7 +164,29 @@ def test_centerness_middle_and_off_centre():
     assert centerness_targets(torch.zeros(0, 4)).shape == (0,)
 
 
+def test_the_box_loss_weighs_points_by_centerness_or_all_alike():
+    target = torch.tensor([[[2., 3., 2., 3.], [1., 2., 4., 8.], [1., 1., 1., 1.]]])  # centerness 1 and 1/4
+    ltrb = torch.tensor([[[2., 3., 2., 3.], [.5, 1., 2., 4.], [9., 9., 9., 9.]]])  # GIoU 1 and 1/4
+    labels = torch.tensor([[0, 0, -1]])
+    for center_weights, box in ((True, 0.75 / 4 / (1 + 1 / 4)), (False, 0.75 / 2)):
+        losses = fcos_losses(torch.zeros(1, 3, 1), ltrb, torch.zeros(1, 3), labels, target,
+                             center_weights=center_weights)
+        assert losses["box"].item() == pytest.approx(box, rel=1e-5)
+
+
 # ---------------------------------------------------------------------------- model
+
+def test_no_side_of_the_boxes_is_cut_off_at_the_start():
+    """Where ReLU cuts a distance off it has no gradient: a side that is cut off everywhere never learns."""
+    images, sizes, boxes, labels = small_batch((2, 1))
+    for initial_distance in (0.0, 1.0):
+        model = small_model(initial_distance=initial_distance).train()
+        outputs = model.network(images, sizes)
+        cut_off = (outputs["ltrb"] == 0).float().mean().item()
+        assert cut_off == 0 if initial_distance else cut_off > 0.2
+    model.losses(outputs, boxes, labels)["box"].backward()
+    assert (model.head.ltrb.bias.grad != 0).all()
+
 
 def small_model(**kwargs):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import write_checkpoint
 
+from checkpoint import read_checkpoint
 from recipes import parse_args as parse
 from recipes import resolve, voc_split_of
 from train import make_schedule
@@ -24,6 +25,10 @@ def test_defaults_depend_on_the_data():
     assert (coco.optimizer, coco.weight_decay, coco.batch_size) == ("sgd", 1e-4, 16)
     # Random weights must not be frozen.
     assert (scratch.norm, scratch.freeze_at, scratch.optimizer) == ("batch", 0, "adamw")
+    assert ((scratch.center_weights, scratch.initial_distance), (coco.center_weights, coco.initial_distance)
+            ) == ((False, 1), (True, 0))
+    original = parse_args(["--original"])  # exp in place of ReLU: no side can die
+    assert (original.norm, original.center_weights, original.initial_distance) == ("batch", True, 0)
     fsaf = parse_args(["--data", "coco", "--model", "fsaf"])
     assert (fsaf.norm, fsaf.clip, coco.clip, fsaf.fsaf_branch, fsaf.out) == (
         "affine", 10, 35, "free", Path("runs/fsaf"))
@@ -57,6 +62,14 @@ def test_a_length_in_steps_replaces_one_in_epochs():
     assert (values["max_steps"], values["epochs"], sources["max_steps"]) == (7, None, "c.pth")
     values, _ = resolve({"resume": "c.pth", "epochs": 3.0}, saved, names)
     assert (values["max_steps"], values["epochs"]) == (None, 3)
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_losses_it_began_with(tmp_path):
+    """Its checkpoint does not name what random weights change by now."""
+    write_checkpoint(tmp_path / "last.pth", leave_out=("center_weights", "initial_distance"))
+    saved = read_checkpoint(tmp_path / "last.pth")
+    values, _ = resolve({"resume": "last.pth"}, saved, list(vars(parse_args([]))))
+    assert (values["norm"], values["center_weights"], values["initial_distance"]) == ("batch", True, 0)
 
 
 def test_voc_data_change_the_few_shot_stages(tmp_path):
