@@ -241,7 +241,7 @@ def metrics_files(folder: Path):
     def case(rng):
         text = json.dumps(damaged(whole, rng) if rng.random() < 0.7 else whole, default=str).encode()
         path.write_bytes(text if rng.random() < 0.7 else flipped(text, rng))
-        runs = protocol.read_runs(str(folder), protocol.read_metrics(folder))
+        runs = protocol.read_runs([folder])
         protocol.aggregate_table(protocol.aggregate(runs))
     return case
 
