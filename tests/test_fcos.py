@@ -176,6 +176,11 @@ def test_the_box_loss_weighs_points_by_centerness_or_all_alike():
 
 # ---------------------------------------------------------------------------- model
 
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    return FCOS(3, "resnet18", fpn_channels=64, norm="affine", freeze_at=0, **kwargs)
+
+
 def test_no_side_of_the_boxes_is_cut_off_at_the_start():
     """Where ReLU cuts a distance off it has no gradient: a side that is cut off everywhere never learns."""
     images, sizes, boxes, labels = small_batch((2, 1))
@@ -186,11 +191,6 @@ def test_no_side_of_the_boxes_is_cut_off_at_the_start():
         assert cut_off == 0 if initial_distance else cut_off > 0.2
     model.losses(outputs, boxes, labels)["box"].backward()
     assert (model.head.ltrb.bias.grad != 0).all()
-
-
-def small_model(**kwargs):
-    torch.manual_seed(0)
-    return FCOS(3, "resnet18", fpn_channels=64, norm="affine", freeze_at=0, **kwargs)
 
 
 @pytest.mark.parametrize("original", [True, False])
