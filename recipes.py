@@ -2,7 +2,7 @@
 
 `parse_args` gives every argument a value. `resolve` decides it; `train.py --show-recipe` prints the result.
 """
-from runtime import AMP, Parser, blame, device_name, print0  # before torch: see the first lines of runtime.py
+from runtime import AMP, Parser, blame, device_name, has_bf16, print0  # first: see runtime.py
 
 # isort: split
 import argparse
@@ -86,6 +86,9 @@ SHAPES_TWO_STAGE = {"epochs": 1.5, "min_size": [160], "max_size": 214, "roi_samp
 # From random weights FSAF takes longer than FCOS: its head has no group norm.
 SHAPES_MODEL = {"fcos": {"epochs": 1.75}, "fsaf": {"epochs": 2.5}, "defrcn": SHAPES_TWO_STAGE,
                 "faster_rcnn": SHAPES_TWO_STAGE}
+# FCOS on a device with bf16: larger images in the time that float32 takes. A command that sets a size, the
+# length or the precision has none of it.
+SHAPES_BF16 = {"amp": "bf16", "max_size": 171, "epochs": 1.8}
 SHAPES_NOVEL = {"max_steps": 200}
 # Random weights must not be frozen, and batch norm must learn its statistics.
 FROM_SCRATCH = {"norm": "batch", "freeze_at": 0, "optimizer": "adamw"}
@@ -101,8 +104,8 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     """The value of every argument, and where it comes from: two dicts with the same keys.
 
     The first source that has an argument decides it: command line, checkpoint, AdamW, random weights, shapes
-    in the novel stage, few-shot on VOC, novel stage, layout of the data, shapes, joint or C4 form, recipe of
-    the model, default.
+    in the novel stage, few-shot on VOC, novel stage, layout of the data, shapes in bf16, shapes, joint or C4
+    form, recipe of the model, default.
     given: arguments on the command line. checkpoint: what --init or --resume names, or None. names: the names
     of all arguments.
     """
@@ -123,12 +126,15 @@ def resolve(given: dict, checkpoint: dict | None, names: list[str]) -> tuple[dic
     is_voc = in_folder and layout(data) == "voc"
     splits = default_splits(data) if in_folder else ()
     novel = stage == "novel"
+    in_bf16 = (is_shapes and model == "fcos" and not {*SHAPES_BF16, "min_size", "max_steps"} & set(given)
+               and has_bf16(value("device")))
     joint = model == "fsaf" and value("fsaf_branch") == "both"
     c4 = model == "faster_rcnn" and not value("fpn")
     layers += [("built-in shapes, novel stage", SHAPES_NOVEL if novel and is_shapes else {}),
                ("published recipe, few-shot on VOC", FEW_SHOT_VOC[stage] if stage and is_voc else {}),
                ("published recipe, novel stage", NOVEL_STAGE if novel else {}),
                ("layout of the data", dict(zip(("train_split", "val_split"), splits))),
+               ("built-in shapes on a device with bf16", SHAPES_BF16 if in_bf16 else {}),
                ("built-in shapes", {**SHAPES, **SHAPES_MODEL[model]} if is_shapes else {}),
                ("paper's joint form", {"ignore_scale": IGNORE_SCALE_JOINT} if joint else {}),
                ("published recipe of C4", C4_FORM if c4 else {}),

@@ -152,6 +152,18 @@ def autocast(device: torch.device, amp: torch.dtype | None):
     return torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
 
 
+def has_bf16(name: str) -> bool:
+    """Whether a device computes in bf16, rather than in float32 behind bf16; False where it is not known.
+
+    name: as in `setup_device`.
+    """
+    name = name.partition(":")[0]
+    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+    return name != "npu" and (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+
+
 def memory_format(device: torch.device | str) -> torch.memory_format:
     """Layout of weights and images: channels last, except on an NPU, where torch_npu refuses it."""
     return torch.contiguous_format if torch.device(device).type == "npu" else torch.channels_last

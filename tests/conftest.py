@@ -28,6 +28,12 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def float32_recipe(monkeypatch):
+    """The defaults for shapes, whatever the processor."""
+    monkeypatch.setattr(recipes, "has_bf16", lambda device: False)
+
+
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
     return _data("coco-mini")

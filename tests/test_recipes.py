@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import write_checkpoint
 
+import recipes
 from checkpoint import read_checkpoint
 from recipes import parse_args as parse
 from recipes import resolve, voc_split_of
@@ -37,6 +38,21 @@ def test_defaults_depend_on_the_data():
     assert joint.out == Path("runs/fsaf_joint")
     files = parse_args(["--train-json", "a", "--train-images", "b", "--no-eval"])  # not the built-in set
     assert (files.backbone, files.min_size, files.batch_size) == ("resnet50", [800], 16)
+
+
+def test_fcos_on_shapes_takes_bf16_where_the_device_has_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipes, "has_bf16", lambda device: asked.append(device) or True)
+
+    def values(*words):
+        args = parse_args([*words])
+        return args.amp, args.min_size, args.max_size, args.epochs, args.max_steps
+    assert values() == values("--device", "cpu", "--batch-size", "4") == ("bf16", [128], 171, 1.8, None)
+    assert asked == ["auto", "cpu"]
+    assert values("--amp", "off") == values("--epochs", "1.75") == ("off", [128], 128, 1.75, None)
+    assert values("--max-steps", "9") == ("off", [128], 128, None, 9)
+    for words in (("--model", "fsaf"), ("--data", "coco"), ("--max-size", "128"), ("--min-size", "96")):
+        assert parse_args([*words]).amp == "off"
 
 
 def test_a_layer_decides_and_is_named(tmp_path, capsys):

@@ -2,8 +2,9 @@
 import json
 
 import pytest
+import torch
 
-from runtime import UserError, run_main, write_json
+from runtime import UserError, has_bf16, run_main, write_json
 
 
 def test_json_files_are_whole_or_absent(tmp_path):
@@ -17,6 +18,23 @@ def raising(error):
     def main():
         raise error
     return main
+
+
+def test_a_device_has_bf16_if_it_is_known_to(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    known = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    for known["avx512_bf16"], known["amx_bf16"] in ((True, False), (False, True), (False, False)):
+        assert has_bf16("cpu") == has_bf16("auto") == any(known.values())
+        assert not has_bf16("npu:1") and not has_bf16("cuda")
+    known.clear()
+    assert not has_bf16("cpu")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.6
+    assert not has_bf16("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert has_bf16("auto") == has_bf16("cuda:1") == has
 
 
 def test_mistakes_end_in_one_line_and_bugs_in_a_traceback():
