@@ -86,8 +86,9 @@ SHAPES_TWO_STAGE = {"epochs": 1.5, "min_size": [160], "max_size": 214, "roi_samp
 # From random weights FSAF takes longer than FCOS: its head has no group norm.
 SHAPES_MODEL = {"fcos": {"epochs": 1.75}, "fsaf": {"epochs": 2.5}, "defrcn": SHAPES_TWO_STAGE,
                 "faster_rcnn": SHAPES_TWO_STAGE}
-# FCOS on a device with bf16: larger images in the time that float32 takes. A command that sets a size, the
-# length or the precision has none of it.
+# FCOS on a device with bf16: larger images in the time that float32 takes. With smaller ones P7 would be one
+# cell, where some CPUs compute a wrong gradient. A command that sets a size, the length or the precision has
+# none of this.
 SHAPES_BF16 = {"amp": "bf16", "max_size": 171, "epochs": 1.8}
 SHAPES_NOVEL = {"max_steps": 200}
 # Random weights must not be frozen, and batch norm must learn its statistics.
