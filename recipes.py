@@ -206,7 +206,7 @@ def make_parser(default) -> Parser:
     data("--val-images", help="image folder of --val-json")
     data("--min-size", type=int, nargs="+",
          help="short side in px; one of several is drawn per image (default: 800; shapes: 128)")
-    data("--max-size", type=int, help="limit of the long side in px (default: 1333; shapes: 128)")
+    data("--max-size", type=int, help="limit of the long side in px (default: 1333; shapes: 128, bf16: 171)")
     data("--augment", nargs="+", choices=AUGMENTATIONS, help="random colours, random crops (default: none)")
     data("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="one fixed network input size")
     data("--drop-empty", action="store_true", help="leave images without objects out of training")
@@ -248,7 +248,8 @@ def _add_run_arguments(parser: Parser):
     optim("--warmup-factor", type=float, help="lr of the first step, as a fraction of the full lr")
     optim("--weight-decay", type=float)
     optim("--clip", type=float, help="limit of the L2 norm of the gradient, 0 = none")
-    optim("--amp", choices=AMP, help="precision of the network (default: off, which is float32)")
+    optim("--amp", choices=AMP,
+          help="precision of the network (default: off, which is float32; FCOS on shapes: bf16 if possible)")
     optim("--loss-scale", help="for fp16: dynamic (default) or a number")
     optim("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; pads images to few sizes")
     run = parser.add_argument_group("run").add_argument
