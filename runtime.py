@@ -77,18 +77,21 @@ def device_name(text: str) -> str:
     return text
 
 
+def device_type(name: str) -> str:
+    """cuda, npu or cpu, for a value of --device; auto is cuda if there is one, else cpu."""
+    name = name.partition(":")[0]
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def setup_device(name: str, amp: str = "off") -> Place:
     """Chooses the device; under torchrun it also starts the process group.
 
-    name: from `device_name`; auto is cuda if there is one, else cpu. amp: a key of AMP that the device must
-    support. Raises SystemExit with one line.
+    name: from `device_name`. amp: a key of AMP that the device must support. Raises SystemExit with one line.
     """
-    name, _, number = name.partition(":")
+    number, name = name.partition(":")[2], device_type(name)
     if number and "LOCAL_RANK" in os.environ:
         raise SystemExit(f"error: --device {name}:{number} does not go with torchrun, which gives each rank "
                          f"a device: use --device {name} and {VISIBLE_DEVICES[name]}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     if amp == "fp16" and name == "cpu":
         raise SystemExit("error: --amp fp16 needs a GPU or NPU; on a CPU use --amp bf16")
     if name == "cuda" and not torch.cuda.is_available():
@@ -157,11 +160,12 @@ def has_bf16(name: str) -> bool:
 
     name: as in `setup_device`.
     """
-    name = name.partition(":")[0]
-    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+    name = device_type(name)
+    if name == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
-    return name != "npu" and (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+    # Older releases of torch do not tell what a processor can do.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
+    return any(capabilities.get(key, False) for key in ("avx512_bf16", "amx_bf16"))
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
